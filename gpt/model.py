@@ -1,0 +1,161 @@
+"""The model: banks of matrices, and depth recurrence as a list of layer indices. Equations: README, "The model"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import Config
+from kernels import Ops, reference
+
+BOS = 1
+# Parameters that Muon trains: 3-D, one matrix a layer and use. Every other parameter is the embedding or a vector.
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+# Called with the kind of matrix ("qkv", "o", "up", "down", "head"), the physical layer (0 for the head) and the
+# matrix's input (B, T, columns).
+Tap = Callable[[str, int, Tensor], None]
+
+
+def orthogonal_(bank: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fill each matrix of bank (N, rows, columns) with a random semi-orthogonal one; the whole bank in one QR."""
+    count, rows, columns = bank.shape
+    normal = torch.randn(count, max(rows, columns), min(rows, columns), generator=generator)
+    q, r = torch.linalg.qr(normal)
+    q *= r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    bank.copy_(q if rows >= columns else q.mT)
+
+
+class GPT(nn.Module):
+    """The network of a Config. Parameters are float32 masters; `dtype` is the type of activations and products.
+
+    Shapes, with L layers, D model_dim, H heads of d, G KV heads, S skips: tok_emb (vocab, D); qo_bank (2L, D, D), q's
+    then o's; kv_bank (2L, G d, D), k's then v's; mlp_up_bank (L, F, D); mlp_down_bank (L, D, F); smear_gate (D,);
+    skip_weights and skip_gates (S, D); attn_scale and mlp_scale (L, D); resid_mix (L, 2, D); q_gain (L, H).
+    """
+
+    def __init__(self, config: Config, ops: Ops, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.ops, self.dtype = config, ops, dtype
+        layers, dim, kv_dim = config.num_layers, config.model_dim, config.num_kv_heads * config.head_dim
+        self.tok_emb = nn.Parameter(torch.zeros(config.vocab_size, dim))
+        self.qo_bank = nn.Parameter(torch.zeros(2 * layers, dim, dim))
+        self.kv_bank = nn.Parameter(torch.zeros(2 * layers, kv_dim, dim))
+        self.mlp_up_bank = nn.Parameter(torch.zeros(layers, config.mlp_dim, dim))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, config.mlp_dim))
+        self.smear_gate = nn.Parameter(torch.zeros(dim))
+        self.skip_weights = nn.Parameter(torch.ones(config.num_skips, dim))
+        self.skip_gates = nn.Parameter(torch.zeros(config.num_skips, dim))
+        self.attn_scale = nn.Parameter(torch.ones(layers, dim))
+        self.mlp_scale = nn.Parameter(torch.ones(layers, dim))
+        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, dim))
+        self.q_gain = nn.Parameter(torch.full((layers, config.num_heads), config.qk_gain_init))
+        self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> GPT:
+        """Random weights from a seed: embedding normal, q, k, v and up orthogonal, o and down zero."""
+        generator = torch.Generator().manual_seed(seed)
+        self.tok_emb.normal_(std=self.config.tied_embed_init_std, generator=generator)
+        for bank in (self.qo_bank[: self.config.num_layers], self.kv_bank, self.mlp_up_bank):
+            orthogonal_(bank, generator)
+        return self
+
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin of positions below `length`, each (length, rope_dims / 2) float32.
+
+        Rows shorter than the configured length keep its angles, so that a row's tail reads as in a whole row.
+        """
+        context = max(length, self.config.train_seq_len)
+        key = context, self.tok_emb.device
+        if key not in self._rotary:
+            self._rotary[key] = reference.rotary_table(
+                context, self.config.rope_dims, self.config.rope_base, context, self.tok_emb.device
+            )
+        cos, sin = self._rotary[key]
+        return cos[:length], sin[:length]
+
+    def hidden(
+        self,
+        tokens: Tensor,  # (B, T) int64
+        depth: Sequence[int],  # physical index of each virtual layer
+        rotary: tuple[Tensor, Tensor],  # of self.rotary(T)
+        tap: Tap | None = None,
+    ) -> Tensor:  # (B, T, D)
+        """Normalised output of the last layer: what the head multiplies."""
+        config, ops = self.config, self.ops
+        layers, heads, kv_heads, head_dim = config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim
+        # Each bank is cast once and split into views once: the backward is one stack a bank, however often it is used.
+        qo, kv = self.qo_bank.to(self.dtype).unbind(), self.kv_bank.to(self.dtype).unbind()
+        up, down = self.mlp_up_bank.to(self.dtype).unbind(), self.mlp_down_bank.to(self.dtype).unbind()
+        qkv_weights = [torch.cat((qo[i], kv[i], kv[layers + i])) for i in range(layers)]
+
+        starts = tokens == BOS if config.document_mask else None
+        mask = None if starts is None else ops.attention_mask(starts)
+        x = ops.rms_norm(F.embedding(tokens, self.tok_emb).to(self.dtype))
+        x = x0 = ops.smear(x, self.smear_gate, starts)
+        saved: list[Tensor] = []
+        half = len(depth) // 2
+        for virtual, i in enumerate(depth):
+            j = virtual - half
+            if 0 <= j < config.num_skips and saved:
+                x = ops.skip_mix(x, saved.pop(), self.skip_weights[j], self.skip_gates[j])
+            x = ops.residual_mix(x, x0, self.resid_mix[i])
+            layer_scale = (i + 1) ** -0.5
+
+            h = ops.rms_norm(x, layer_scale)
+            if tap:
+                tap("qkv", i, h)
+            q, k, v = (
+                F.linear(h, qkv_weights[i])
+                .unflatten(-1, (-1, head_dim))
+                .split((heads, kv_heads, kv_heads), dim=2)
+            )
+            q, k = ops.qk_norm_rotary(q, k, self.q_gain[i], *rotary)
+            y = ops.attention(q, k, v, mask).flatten(2)
+            if tap:
+                tap("o", i, y)
+            x = x + self.attn_scale[i].to(self.dtype) * F.linear(y, qo[layers + i])
+
+            h = ops.rms_norm(x, layer_scale)
+            if tap:
+                tap("up", i, h)
+                tap("down", i, reference.mlp_hidden(h, up[i]))
+            x = x + self.mlp_scale[i].to(self.dtype) * ops.mlp(h, up[i], down[i])
+            if virtual < half:
+                saved.append(x)
+        x = ops.rms_norm(x)
+        if tap:
+            tap("head", 0, x)
+        return x
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) int64
+        targets: Tensor,  # (B, T) int64
+        depth: Sequence[int],
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:  # ()
+        """Mean cross-entropy in nats."""
+        x = self.hidden(tokens, depth, rotary)
+        return self.ops.linear_cross_entropy(x, self.tok_emb.to(self.dtype), targets, self.config.logit_softcap)
+
+    def losses(
+        self,
+        tokens: Tensor,  # (B, T) int64
+        targets: Tensor,  # (B, N) int64: of the last N positions
+        depth: Sequence[int],
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:  # (B, N) float32
+        """Cross-entropy in nats of each of the last N positions of every row."""
+        x = self.hidden(tokens, depth, rotary)[:, -targets.size(1) :]
+        weight = self.tok_emb.to(self.dtype)
+        return self.ops.linear_cross_entropy(x, weight, targets, self.config.logit_softcap, reduction="none")
+
+    def logits(self, tokens: Tensor, depth: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:  # (B, V) float32
+        """Softcapped logits of the last position of every row."""
+        x = self.hidden(tokens, depth, rotary)[:, -1]
+        return reference.logits(x, self.tok_emb.to(self.dtype), self.config.logit_softcap)

@@ -1,0 +1,97 @@
+"""Ops of the model: tensors in, tensors out. This is the one place where an implementation is picked.
+
+    ops = select("auto", device)      # or "reference", "compiled", "compiled,attention=reference"
+    y = ops.attention(q, k, v)
+
+`kernels.reference` is the specification of every op; docs of an op are there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+# Before Inductor's configuration is imported: in torch 2.11 its mix-order reduction costs this model 6 to 10 ms a step,
+# and on torch >= 2.12 setting the option instead of the environment is lost in the thread that compiles the backward.
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+
+import torch
+
+from kernels import compiled, reference
+from kernels.reference import CLASSIC, POLAR_EXPRESS
+
+__all__ = ["CLASSIC", "IMPLEMENTATIONS", "POLAR_EXPRESS", "KernelError", "Ops", "select"]
+
+Op = Callable[..., Any]
+
+
+class KernelError(ValueError):
+    """The implementation that was asked for does not exist for an op or on a device."""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every op. `names` says which; `graph` compiles a function of ops, or leaves it alone."""
+
+    rms_norm: Op
+    smear: Op
+    residual_mix: Op
+    skip_mix: Op
+    qk_norm_rotary: Op
+    attention_mask: Op
+    attention: Op
+    mlp: Op
+    linear_cross_entropy: Op
+    newton_schulz: Op
+    int6_linear: Op
+    graph: Callable[[Op], Op]
+    names: dict[str, str]
+
+    def describe(self) -> str:
+        """One line an op: its name and the implementation in use."""
+        return "\n".join(f"  {op:22s}{name}" for op, name in self.names.items())
+
+
+_OPS = tuple(field.name for field in fields(Ops) if field.name not in ("graph", "names"))
+# An attention implementation and the mask it takes go together.
+_PAIRED = {"attention": "attention_mask"}
+
+# Implementations of each base. Ops that `compiled` does not name are the reference inside the compiled graph.
+IMPLEMENTATIONS: dict[str, dict[str, Op]] = {
+    "reference": {op: getattr(reference, op) for op in _OPS},
+    "compiled": {op: getattr(compiled, op, getattr(reference, op)) for op in _OPS},
+    "triton": {},
+}
+
+
+def select(choice: str, device: torch.device) -> Ops:
+    """The ops of `choice` on `device`.
+
+    choice: "auto" (compiled on a GPU, reference on a CPU), or a base (reference, compiled, triton), followed by any
+    number of overrides ",op=implementation". Raises KernelError where an implementation does not exist; there is no
+    falling back.
+    """
+    if choice == "auto":
+        choice = "compiled" if device.type == "cuda" else "reference"
+    base, *overrides = (part.strip() for part in choice.split(","))
+    chosen = dict.fromkeys(_OPS, base)
+    for override in overrides:
+        op, _, implementation = override.partition("=")
+        if op not in chosen or op in _PAIRED.values():
+            known = ", ".join(name for name in _OPS if name not in _PAIRED.values())
+            raise KernelError(f"kernels={choice}: there is no op {op!r} to choose; wanted one of {known}")
+        chosen[op] = chosen[_PAIRED.get(op, op)] = implementation
+    for implementation in chosen.values():
+        if implementation not in IMPLEMENTATIONS:
+            raise KernelError(f"kernels={choice}: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    missing = [op for op, implementation in chosen.items() if op not in IMPLEMENTATIONS[implementation]]
+    if missing:
+        raise KernelError(
+            f"kernels={choice}: no {chosen[missing[0]]} implementation of {', '.join(missing)}; name another for each, "
+            f"for example kernels=compiled"
+        )
+    table = {op: IMPLEMENTATIONS[implementation][op] for op, implementation in chosen.items()}
+    eager = base == "reference"
+    return Ops(**table, graph=(lambda function: function) if eager else compiled.graph, names=chosen)

@@ -1,0 +1,209 @@
+"""Every op of the model in eager torch: the specification.
+
+What the CPU runs, what tests compare with, what the documentation cites. Tensors are (batch B, tokens T, ...); heads are
+(B, T, heads, D). Every op keeps the dtype of its input and works in float64, float32, bfloat16 and float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# F.rms_norm's default for half types is float32's epsilon; written out so that no version of torch can change it.
+RMS_EPS = torch.finfo(torch.float32).eps
+
+# Newton-Schulz coefficients, one (a, b, c) an iteration. Classic: Muon's, for every iteration. Polar Express (arXiv
+# 2505.16932): minimax for these five in this order, as in pull request 1344; its last one serves any further iteration.
+CLASSIC = (3.4445, -4.7750, 2.0315)
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def rms_norm(
+    x: Tensor,  # (..., D)
+    scale: float = 1.0,
+) -> Tensor:  # (..., D)
+    """x / sqrt(mean(x^2) + eps) * scale, without learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * scale
+
+
+def smear(
+    x: Tensor,  # (B, T, D)
+    gate: Tensor,  # (D,)
+    starts: Tensor | None = None,  # (B, T) bool, True on the first token of a document
+) -> Tensor:  # (B, T, D)
+    """(1 - g) x_t + g x_{t-1} with g = sigmoid(gate); nothing comes before a row or, with `starts`, a document."""
+    g = torch.sigmoid(gate).to(x.dtype)
+    previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+    if starts is not None:
+        previous = previous.masked_fill(starts[..., None], 0.0)
+    return (1 - g) * x + g * previous
+
+
+def residual_mix(
+    x: Tensor,  # (B, T, D)
+    x0: Tensor,  # (B, T, D)
+    mix: Tensor,  # (2, D)
+) -> Tensor:  # (B, T, D)
+    """mix[0] x + mix[1] x0."""
+    mix = mix.to(x.dtype)
+    return mix[0] * x + mix[1] * x0
+
+
+def skip_mix(
+    x: Tensor,  # (B, T, D)
+    skip: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    gate: Tensor,  # (D,)
+) -> Tensor:  # (B, T, D)
+    """s + g (x - s) with s = weight * skip and g = sigmoid(gate): the U-Net skip."""
+    s = weight.to(x.dtype) * skip
+    return torch.lerp(s, x, torch.sigmoid(gate).to(x.dtype))
+
+
+def rotary_table(
+    length: int,
+    rope_dims: int,
+    base: float,
+    context: int,
+    device: torch.device | str | None = None,
+    train_length: int = 1024,
+) -> tuple[Tensor, Tensor]:  # cos, sin: (length, rope_dims / 2) float32
+    """Rotary angles of positions 0..length-1, NTK-rescaled where the context is longer than `train_length`."""
+    if context > train_length:
+        base = base * (context / train_length) ** (rope_dims / (rope_dims - 2))
+    frequency = base ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64, device=device) / rope_dims)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.size(-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+def qk_norm_rotary(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, G, D)
+    gain: Tensor,  # (H,)
+    cos: Tensor,  # (T, R/2)
+    sin: Tensor,  # (T, R/2)
+) -> tuple[Tensor, Tensor]:  # q (B, T, H, D), k (B, T, G, D)
+    """RMS norm of each head, rotary on its first R dimensions (pairs j, j + R/2), then the learned gain of q's heads."""
+    q, k = _rotate(rms_norm(q), cos, sin), _rotate(rms_norm(k), cos, sin)
+    return q * gain.to(q.dtype)[:, None], k
+
+
+def attention_mask(
+    starts: Tensor,  # (B, T) bool, True on the first token of a document
+) -> Tensor:  # (B, 1, T, T) bool
+    """True where a query (third axis) may see a key: not later, and of the same document."""
+    document = starts.cumsum(1)
+    same = document[:, :, None] == document[:, None, :]
+    return same.tril()[:, None]
+
+
+def exclusive(
+    y: Tensor,  # (B, T, H, D)
+    v: Tensor,  # (B, T, G, D)
+) -> Tensor:  # (B, T, H, D)
+    """Exclusive self-attention (arXiv 2603.09078): y without its component along the same token's value."""
+    u = F.normalize(v, dim=-1).unsqueeze(3)
+    heads = y.unflatten(2, (v.size(2), -1))
+    return (heads - (heads * u).sum(-1, keepdim=True) * u).flatten(2, 3)
+
+
+def attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, G, D)
+    v: Tensor,  # (B, T, G, D)
+    mask: Tensor | None = None,  # of attention_mask; None: causal over the whole row
+) -> Tensor:  # (B, T, H, D)
+    """Causal grouped-query attention, softmax scale 1/sqrt(D), with XSA on its output."""
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return exclusive(y.transpose(1, 2), v)
+
+
+def mlp_hidden(
+    x: Tensor,  # (..., D)
+    up: Tensor,  # (F, D)
+) -> Tensor:  # (..., F)
+    """leaky_relu(x up^T, 0.5)^2."""
+    return F.leaky_relu(F.linear(x, up), 0.5).square()
+
+
+def mlp(
+    x: Tensor,  # (..., D)
+    up: Tensor,  # (F, D)
+    down: Tensor,  # (D, F)
+) -> Tensor:  # (..., D)
+    """leaky_relu(x up^T, 0.5)^2 down^T."""
+    return F.linear(mlp_hidden(x, up), down)
+
+
+def logits(
+    x: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    softcap: float,
+) -> Tensor:  # (..., V) float32
+    """softcap * tanh(x weight^T / softcap) in float32."""
+    return softcap * torch.tanh(F.linear(x, weight).float() / softcap)
+
+
+def linear_cross_entropy(
+    x: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (...) int64
+    softcap: float,
+    reduction: str = "mean",
+) -> Tensor:  # () or, with reduction "none", (...) float32
+    """Cross-entropy in nats of the softcapped logits."""
+    losses = F.cross_entropy(logits(x, weight, softcap).flatten(0, -2), targets.flatten(), reduction=reduction)
+    return losses if reduction == "mean" else losses.view_as(targets)
+
+
+def newton_schulz(
+    g: Tensor,  # (N, rows, columns)
+    coefficients: Sequence[tuple[float, float, float]],
+) -> Tensor:  # (N, rows, columns)
+    """Nearest semi-orthogonal matrices, roughly: X <- a X + (b A + c A^2) X with A = X X^T, from X = g / |g|_F.
+
+    Works on the side with fewer rows. Singular values end near 1, within the band of the coefficients.
+    """
+    tall = g.size(-2) > g.size(-1)
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def dequantise(
+    codes: Tensor,  # (rows, columns) int8
+    scales: Tensor,  # (rows,)
+    dtype: torch.dtype,
+) -> Tensor:  # (rows, columns)
+    """codes * scales, multiplied in float32."""
+    return (codes.float() * scales.float()[:, None]).to(dtype)
+
+
+def int6_linear(
+    x: Tensor,  # (..., columns)
+    codes: Tensor,  # (rows, columns) int8 in -31..31
+    scales: Tensor,  # (rows,)
+) -> Tensor:  # (..., rows)
+    """x times the transposed dequantised matrix."""
+    return F.linear(x, dequantise(codes, scales, x.dtype))
