@@ -1,0 +1,36 @@
+# make train    set everything up and run the whole job: train, quantise, write the artifact, read it back, score it
+# make test     set everything up and run linter, type checker and tests (those that need a GPU run where there is one)
+#
+# make train PRESET=one-gpu ARGS="--seed 42"    another preset and further options
+
+PYTHON ?= python3
+VENV   ?= .venv
+PRESET ?= sample
+ARGS   ?=
+BIN    := $(VENV)/bin
+
+.PHONY: train test lint clean
+
+train: $(VENV)/ready
+	$(BIN)/python train.py --preset $(PRESET) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/ready: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or later wanted (make PYTHON=...)" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

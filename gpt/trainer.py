@@ -1,0 +1,172 @@
+"""Training: warm-up outside the clock, then steps until the iterations or the time are used up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.clock import Clock, StepReport
+from gpt.config import Config
+from gpt.data import TrainLoader
+from gpt.distributed import Ranks
+from gpt.model import GPT
+from gpt.optimizer import Optimizer
+from gpt.progress import Progress
+from gpt.record import RecordError, Run
+from gpt.score import Score
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss or the gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training ended with; the model holds the EMA weights."""
+
+    steps: int
+    seconds: float  # on the clock
+    train_loss: float  # of the last step, nats per token
+    depth: tuple[int, ...]  # of the last step
+
+
+def lr_factor(config: Config, progress: float) -> float:
+    """Factor on every learning rate at a progress of 0..1: 1, then linear to 0 over the last part, floored at min_lr."""
+    if config.warmdown_frac == 0:
+        return 1.0
+    return max(min(1.0, max(0.0, 1.0 - progress) / config.warmdown_frac), config.min_lr)
+
+
+class Trainer:
+    """One training run of a model on all ranks."""
+
+    def __init__(self, model: GPT, config: Config, run: Run, ranks: Ranks, bytes_per_token: float) -> None:
+        self.model, self.config, self.run, self.ranks = model, config, run, ranks
+        self.bytes_per_token = bytes_per_token
+        self.optimizer = Optimizer(model, config, ranks)
+        self.accumulation = config.accumulation(ranks.world_size)
+        self.cap = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else 0.0
+        self._loss = model.ops.graph(model)
+        self._rotary = model.rotary(config.train_seq_len)
+
+    def warm_up(self) -> float:
+        """Run each depth on random tokens, so that everything is compiled and allocated, and restore the state.
+
+        Returns the seconds it took, which are not on the clock.
+        """
+        config, begin = self.config, time.perf_counter()
+        if config.warmup_steps == 0:
+            return 0.0
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        generator = torch.Generator(self.ranks.device).manual_seed(config.seed)
+        rows = config.train_batch_tokens // config.train_seq_len // self.ranks.world_size // self.accumulation
+        for depth in dict.fromkeys((config.depth(False), config.depth_at(config.iterations))):
+            for _ in range(config.warmup_steps):
+                for _ in range(self.accumulation):
+                    tokens = torch.randint(
+                        config.vocab_size, (rows, config.train_seq_len + 1), generator=generator, device=self.ranks.device
+                    )
+                    self._backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depth)
+                self.optimizer.step(0, 1.0)
+        with torch.no_grad():
+            for parameter, saved in zip(self.model.parameters(), weights, strict=True):
+                parameter.copy_(saved)
+        self.optimizer.reset()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def _backward(self, tokens: Tensor, targets: Tensor, depth: tuple[int, ...]) -> Tensor:
+        """Accumulate the gradient of one forward pass; returns its share of the step's loss, ()."""
+        loss: Tensor = self._loss(tokens, targets, depth, self._rotary) / self.accumulation
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def train(self, validate: Callable[[int], Score]) -> Trained:
+        """Train from the run's checkpoint, or from the start, to the end; the model is left with the EMA weights.
+
+        validate(step) scores the model as it stands after that many steps. Raises TrainingError where the loss is not finite, RecordError where the
+        checkpoint is of another configuration.
+        """
+        checkpoint = self._restore()
+        step, finished = (checkpoint["step"], checkpoint["finished"]) if checkpoint else (0, False)
+        clock = Clock(self.ranks, checkpoint["elapsed"] if checkpoint else 0.0)
+        train_loss = checkpoint["train_loss"] if checkpoint else math.nan
+        if not finished:
+            step, train_loss = self._loop(clock, step, resumed=checkpoint is not None, validate=validate)
+            self._save(step, clock.elapsed, train_loss, finished=True)
+        self.model.load_state_dict(self.optimizer.ema_state())
+        self.run.draw_curves()
+        return Trained(step, clock.elapsed, train_loss, self.config.depth_at(max(step - 1, 0)))
+
+    def _loop(self, clock: Clock, step: int, resumed: bool, validate: Callable[[int], Score]) -> tuple[int, float]:
+        """Steps from `step` on; returns how many are done in all and the last one's loss."""
+        config, first = self.config, step
+        with (
+            TrainLoader(config, self.ranks.rank, self.ranks.world_size, self.ranks.device, step) as loader,
+            Progress(config, self.run, self.cap, self.bytes_per_token, step) as progress,
+        ):
+            clock.start()
+            while True:
+                progress.report(self._finite(clock.collect()), clock)
+                begins = clock.at(step)
+                finished = step >= config.iterations or bool(self.cap) and begins + clock.step_seconds > self.cap
+                fresh = step > first or not resumed  # a checkpoint is taken after the validation of its step
+                if fresh and config.val_loss_every and (step % config.val_loss_every == 0 or finished):
+                    progress.report(self._finite(clock.stop()), clock)
+                    progress.validated(step, validate(step))
+                    clock.start()
+                if finished:
+                    progress.report(self._finite(clock.stop()), clock)
+                    return step, progress.train_loss
+                if step > first and config.checkpoint_every and step % config.checkpoint_every == 0:
+                    progress.report(self._finite(clock.collect(0)), clock)
+                    self._save(step, clock.elapsed, progress.train_loss)
+                launched = clock.elapsed
+                factor = lr_factor(config, max(step / config.iterations, begins / self.cap if self.cap else 0.0))
+                depth = config.depth_at(step)
+                losses = [self._backward(*next(loader), depth) for _ in range(self.accumulation)]
+                norm = self.optimizer.step(step, factor)
+                clock.push(step, launched, torch.stack(losses).sum(), norm)
+                progress.launched(step, factor, depth)
+                step += 1
+
+    def _finite(self, reports: list[StepReport]) -> list[StepReport]:
+        for report in reports:
+            if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
+                raise TrainingError(
+                    f"step {report.step + 1}: loss {report.loss}, gradient norm {report.gradient_norm}; wanted finite "
+                    f"ones. The last checkpoint is in {self.run.path}"
+                )
+        return reports
+
+    def _save(self, step: int, elapsed: float, train_loss: float, finished: bool = False) -> None:
+        self.run.save_checkpoint(
+            {
+                "fingerprint": self.config.fingerprint(),
+                "step": step,
+                "elapsed": elapsed,
+                "train_loss": train_loss,
+                "finished": finished,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            },
+            wait=finished,
+        )
+
+    def _restore(self) -> dict[str, Any] | None:
+        """Take over weights and optimizer of the run's checkpoint, where there is one; returns the checkpoint."""
+        state = self.run.load_checkpoint()
+        if state is not None:
+            if state["fingerprint"] != self.config.fingerprint():
+                raise RecordError(f"checkpoint of {self.run.path} is of another configuration than its config.json")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.run.rewind(state["step"] if state else -1)
+        return state

@@ -1,0 +1,210 @@
+"""The model against the seed's own numbers, and its switches against plain re-computations."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from gpt.config import Config, build_config
+from gpt.model import GPT, orthogonal_
+from kernels import KernelError, Ops, reference, select
+from tests.golden import GOLDEN, fill_model, golden_tokens, seed_parameter
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    return select("reference", CPU)
+
+
+def seed_config(length: int = 2048) -> Config:
+    return build_config(train_seq_len=length, train_batch_tokens=length, micro_batch_tokens=length, eval_stride=1)
+
+
+def tiny(**settings: Any) -> Config:
+    base: dict[str, Any] = {
+        "preset": "sample", "vocab_size": 64, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 4,
+        "train_seq_len": 32, "train_batch_tokens": 64, "micro_batch_tokens": 64, "eval_stride": 8,
+    }  # fmt: skip
+    return build_config(**{**base, **settings})
+
+
+def random_model(config: Config, ops: Ops, seed: int = 0) -> GPT:
+    """A float64 model with every parameter random, so that nothing is hidden by an initial zero or one."""
+    model = GPT(config, ops, torch.float64).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + (p.mean() == 1).double())
+    return model
+
+
+def test_seed_has_its_parameters_and_builds_quickly(ops: Ops) -> None:
+    begin = time.perf_counter()
+    model = GPT(build_config(preset="seed"), ops).initialise(1337)
+    assert time.perf_counter() - begin < 5
+    assert sum(p.numel() for p in model.parameters()) == 35_941_976
+    assert model.tok_emb.std().item() == pytest.approx(0.005, rel=0.01)
+    q, o = model.qo_bank.detach().split(11)
+    assert torch.allclose(q @ q.mT, torch.eye(512).expand(11, 512, 512), atol=1e-4)
+    assert not o.any() and not model.mlp_down_bank.any()
+
+
+def test_golden_parameters_are_filled_as_the_seed_was(ops: Ops) -> None:
+    model = GPT(seed_config(), ops)
+    fill_model(model)
+    for name, wanted in GOLDEN["parameters"].items():
+        parameter, layer = seed_parameter(model, name)
+        found = (parameter if layer is None else parameter[layer]).detach().double()
+        assert found.norm().item() == pytest.approx(wanted["norm"], rel=1e-6), name
+        assert found.sum().item() == pytest.approx(wanted["sum"], rel=1e-5, abs=1e-2), name
+        assert found.flatten()[:3].tolist() == pytest.approx(wanted["first"], rel=1e-5), name
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"{c['tokens']}-{'recurrence' if c['recurrence'] else 'plain'}")
+def test_golden_loss_logits_and_gradients(case: dict[str, Any], ops: Ops) -> None:
+    length = case["tokens"]
+    config = seed_config(length)
+    model = GPT(config, ops, torch.float64).double()
+    fill_model(model)
+    tokens, targets = golden_tokens(length)
+    depth, rotary = config.depth(case["recurrence"]), model.rotary(length)
+
+    loss = model(tokens, targets, depth, rotary)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-4)
+    with torch.no_grad():
+        logits = model.logits(tokens, depth, rotary)[0, :8]
+    assert logits.tolist() == pytest.approx(case["logits_last_first8"], abs=1e-4)
+    assert len(case["grad_norm"]) == len(GOLDEN["parameters"])
+    for name, wanted in case["grad_norm"].items():
+        parameter, layer = seed_parameter(model, name)
+        assert parameter.grad is not None
+        found = parameter.grad if layer is None else parameter.grad[layer]
+        assert found.norm().item() == pytest.approx(wanted, rel=1e-3, abs=1e-12), name
+
+
+def test_depth_is_a_list_of_layers() -> None:
+    config = build_config(preset="seed")
+    assert config.depth(False) == tuple(range(11))
+    assert config.depth(True) == (0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10)
+    assert config.depth_at(2999) == config.depth(False)
+    assert config.depth_at(3000) == config.depth_at(9000) == config.depth(True)
+
+
+def test_documents_of_one_row_are_read_as_if_alone(ops: Ops) -> None:
+    """With the document mask, losses inside a packed row equal those of each document in a row of its own.
+
+    Rotary positions differ by a constant, which attention does not feel; nothing else may differ.
+    """
+    config = tiny(document_mask=True)
+    model = random_model(config, ops)
+    first = torch.tensor([1, 5, 9, 33, 2, 60, 17])
+    second = torch.tensor([1, 8, 8, 21, 40, 3, 50, 12, 63])
+    packed = torch.cat((first, second))[None]
+    depth = config.depth(True)
+    together = model.hidden(packed, depth, model.rotary(packed.size(1)))[0]
+    for document, begin in ((first, 0), (second, len(first))):
+        alone = model.hidden(document[None], depth, model.rotary(len(document)))[0]
+        torch.testing.assert_close(together[begin : begin + len(document)], alone, rtol=1e-5, atol=1e-6)
+
+    unmasked = random_model(tiny(document_mask=False), ops)
+    crossing = unmasked.hidden(packed, depth, unmasked.rotary(packed.size(1)))[0]
+    torch.testing.assert_close(crossing[: len(first)], together[: len(first)])
+    assert (crossing[len(first) :] - together[len(first) :]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_no_position_sees_a_later_token(document_mask: bool, ops: Ops) -> None:
+    config = tiny(document_mask=document_mask)
+    model = random_model(config, ops)
+    tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
+    tokens[:, 10] = 1
+    changed = tokens.clone()
+    changed[:, 15:] = (changed[:, 15:] + 7) % 64
+    depth, rotary = config.depth(True), model.rotary(24)
+    before, after = model.hidden(tokens, depth, rotary), model.hidden(changed, depth, rotary)
+    assert torch.equal(before[:, :15], after[:, :15])
+    assert not torch.equal(before[:, 15:], after[:, 15:])
+
+
+def test_losses_are_those_of_the_mean_and_of_the_last_positions(ops: Ops) -> None:
+    config = tiny()
+    model = random_model(config, ops)
+    tokens = torch.randint(64, (3, 33), generator=torch.Generator().manual_seed(2))
+    x, y, depth, rotary = tokens[:, :-1], tokens[:, 1:], config.depth(True), model.rotary(32)
+    each = model.losses(x, y, depth, rotary)
+    assert each.mean().item() == pytest.approx(model(x, y, depth, rotary).item(), rel=1e-6)
+    torch.testing.assert_close(model.losses(x, y[:, -5:], depth, rotary), each[:, -5:])
+
+
+def test_compiled_graph_computes_the_same(ops: Ops) -> None:
+    """The whole forward and backward is one graph (a break is an error) and computes what the eager model does."""
+    config = tiny(num_layers=2, recur_layers=(1,))
+    plain = GPT(config, ops).initialise(3)
+    model = GPT(config, select("compiled,attention=reference", CPU)).initialise(3)
+    tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(4))
+    tokens[:, 7] = 1
+    x, y, depth = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), config.depth(True)
+    wanted = plain(x, y, depth, plain.rotary(32))
+    found = model.ops.graph(model)(x, y, depth, model.rotary(32))
+    wanted.backward()
+    found.backward()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_orthogonal_banks() -> None:
+    for shape in ((3, 8, 32), (3, 32, 8), (2, 16, 16)):
+        bank = torch.empty(shape)
+        orthogonal_(bank, torch.Generator().manual_seed(0))
+        narrow = bank if shape[1] <= shape[2] else bank.mT
+        torch.testing.assert_close(narrow @ narrow.mT, torch.eye(min(shape[1:])).expand(shape[0], -1, -1), atol=1e-5, rtol=0)
+    assert not torch.equal(bank[0], bank[1])
+
+
+def test_exclusive_attention_has_nothing_along_its_own_value() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, 5, 4, 8, generator=generator, dtype=torch.float64)
+    v = torch.randn(2, 5, 2, 8, generator=generator, dtype=torch.float64)
+    v[0, 0] = 0.0
+    out = reference.exclusive(y, v)
+    along = (out.unflatten(2, (2, 2)) * v.unsqueeze(3)).sum(-1)
+    assert along.abs().max() < 1e-12
+    assert torch.equal(out[0, 0], y[0, 0])
+
+
+def test_newton_schulz_brings_singular_values_near_one() -> None:
+    g = torch.randn(2, 48, 96, generator=torch.Generator().manual_seed(0))
+    for table in ((reference.CLASSIC,) * 5, reference.POLAR_EXPRESS):
+        values = torch.linalg.svdvals(reference.newton_schulz(g, table))
+        assert 0.6 < values.min() and values.max() < 1.3
+        tall = reference.newton_schulz(g.mT, table)
+        torch.testing.assert_close(tall, reference.newton_schulz(g, table).mT)
+
+
+def test_int6_linear_is_the_product_with_the_dequantised_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-31, 32, (16, 8), generator=generator, dtype=torch.int8)
+    scales = torch.rand(16, generator=generator).half()
+    x = torch.randn(3, 8, generator=generator)
+    torch.testing.assert_close(reference.int6_linear(x, codes, scales), x @ (codes * scales[:, None].float()).mT)
+
+
+def test_an_explicit_choice_of_kernels_never_falls_back() -> None:
+    with pytest.raises(KernelError, match="no triton implementation of"):
+        select("triton", CPU)
+    with pytest.raises(KernelError, match="'cuda'.*reference, compiled, triton"):
+        select("cuda", CPU)
+    with pytest.raises(KernelError, match="no op 'nope'"):
+        select("compiled,nope=reference", CPU)
+    chosen = select("compiled,attention=reference", CPU)
+    assert chosen.names["attention"] == chosen.names["attention_mask"] == "reference"
+    assert chosen.names["mlp"] == "compiled"
+    assert "attention             reference" in chosen.describe()

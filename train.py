@@ -1,0 +1,87 @@
+"""Train a model, quantise it, write the artifact, read it back and score it.
+
+    python train.py --preset sample              all settings: --help; the seed's environment names set them too
+    torchrun --standalone --nproc_per_node=8 train.py
+    python train.py --resume runs/NAME           go on with an interrupted run
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from gpt.artifact import ArtifactError, count_code, load
+from gpt.config import ROOT, Config, ConfigError, load_config
+from gpt.data import DataError, Tokenizer, calibration_batches, load_validation
+from gpt.distributed import Ranks, distributed
+from gpt.gptq import QuantisationError
+from gpt.model import GPT
+from gpt.pack import pack
+from gpt.record import RecordError, Run
+from gpt.report import header, summarise, table
+from gpt.score import Score, score, validation_text
+from gpt.trainer import Trainer, TrainingError
+from kernels import KernelError, select
+
+# What a user can mend: shown without a traceback.
+ERRORS = (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError, TrainingError)
+
+
+def main(arguments: list[str]) -> int:
+    command = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    command.add_argument("--resume", type=Path, metavar="RUN")
+    own, settings = command.parse_known_args(arguments)
+    try:
+        if own.resume and settings:
+            raise ConfigError(f"--resume takes the run's own configuration; found also {' '.join(settings)}")
+        config = load_config(settings) if not own.resume else None
+        with distributed(config.device if config else "auto") as ranks:
+            run = Run.create(config, ranks) if config else Run.resume(own.resume, ranks)
+            run_job(run, ranks)
+    except ERRORS as error:
+        print(f"train.py: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_job(run: Run, ranks: Ranks) -> None:
+    """The whole job of one run, on every rank."""
+    config = run.config
+    ops = select(config.kernels, ranks.device)
+    config.accumulation(ranks.world_size)
+    tokenizer = Tokenizer(config.tokenizer_path)
+    tokenizer.require(config.vocab_size)
+    text = validation_text(load_validation(config.data_path, config.vocab_size), tokenizer.byte_table(), ranks.device)
+    if ranks.main:
+        print(header(config, ops, ranks, run.path), flush=True)
+
+    def scored(model: GPT, depth: tuple[int, ...], stride: int) -> Score:
+        return score(model, text, depth, ranks, context=config.context, stride=stride, batch_tokens=config.val_batch_size)
+
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    model = GPT(config, ops, dtype).initialise(config.seed).to(ranks.device)
+    trainer = Trainer(model, config, run, ranks, text.lengths.float().mean().item())
+    warmup_seconds = trainer.warm_up()
+    trained = trainer.train(validate=lambda step: scored(model, config.depth_at(step), config.context))
+    ema = scored(model, trained.depth, config.context)
+
+    path = run.path / "model.pga"
+    batches = calibration_batches(config, config.gptq_calibration_batches, ranks.rank, ranks.world_size, ranks.device)
+    packed = pack(model, trained.depth, tokenizer.sha256, batches, path, ranks, count_code(ROOT))
+
+    artifact = load(path)  # from here on only what was read back
+    restored = artifact.model(ops, ranks.device, dtype)
+    plain = scored(restored, artifact.depth, config.context)
+    sliding = scored(restored, artifact.depth, config.eval_stride)
+
+    summary = summarise(run, trained, packed, warmup_seconds, {"ema": ema, "artifact": plain, "artifact_sliding": sliding})
+    run.write_json("summary.json", summary)
+    if ranks.main:
+        print(f"\n{packed.table()}\n\n{table(summary)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
