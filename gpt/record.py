@@ -24,7 +24,7 @@ import torch
 from gpt.config import ROOT, Config
 from gpt.distributed import Ranks
 
-PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "brotli", "pydantic", "pydantic-settings")
+PACKAGES = ("triton", "numpy", "sentencepiece", "brotli", "pydantic", "pydantic-settings")
 
 
 class RecordError(ValueError):
@@ -63,7 +63,7 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": {name: installed(name) for name in PACKAGES},
+        "packages": {"torch": torch.__version__, **{name: installed(name) for name in PACKAGES}},
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda,
         "world_size": ranks.world_size,

@@ -1,0 +1,246 @@
+"""GPTQ: weights to integer codes such that the products with the inputs seen in calibration change least.
+
+For a matrix W (rows, columns) with inputs X (tokens, columns), GPTQ (arXiv 2210.17323) rounds column after column and
+moves each column's error onto the columns not yet rounded, through the upper Cholesky factor of H^-1 with H = X^T X.
+The scale of a row is clip_sigmas * std(row) / levels (SDClip, pull request 1394 of openai/parameter-golf), floored only
+against zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt.config import Config
+from gpt.distributed import Ranks
+from gpt.model import GPT
+from kernels import reference
+
+IntKind = Literal["int6", "int8"]
+LEVELS: dict[IntKind, int] = {"int6": 31, "int8": 127}  # largest code of a kind; the smallest is its negative
+BLOCK = 128  # columns between two updates of all the columns that remain
+DAMPING = (0.01, 0.1, 1.0)  # of the mean of diag(H), added to it: the usual one, then what is tried where that fails
+
+# The kinds of input behind each quantised parameter: a bank holds all layers of the first kind, then of the next.
+INPUTS = {
+    "qo_bank": ("qkv", "o"),
+    "kv_bank": ("qkv", "qkv"),
+    "mlp_up_bank": ("up",),
+    "mlp_down_bank": ("down",),
+    "tok_emb": ("head",),
+}
+
+Hessians = dict[tuple[str, int], Tensor]  # (kind, physical layer) -> (columns, columns) float32
+
+
+class QuantisationError(ValueError):
+    """Weights or calibration inputs cannot be quantised, or the result cannot be made to fit."""
+
+
+class Quantised(NamedTuple):
+    """A parameter as integers: codes * scales, row by row."""
+
+    kind: IntKind
+    codes: Tensor  # (..., rows, columns) int8
+    scales: Tensor  # (..., rows) float16
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:  # (..., rows, columns)
+        codes = self.codes.flatten(0, -2)
+        return reference.dequantise(codes, self.scales.flatten(), dtype).view_as(self.codes)
+
+
+class Factor(NamedTuple):
+    """What GPTQ needs of N Hessians."""
+
+    order: Tensor  # (N, columns) int64: columns by falling diag(H)
+    upper: Tensor  # (N, columns, columns) float32 U with U^T U = H^-1, in that order
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """float32 products in float32: TF32 would keep ten bits of the errors that GPTQ hands on."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _gram(x: Tensor) -> Tensor:  # (tokens, columns) -> (columns, columns) float32
+    # bf16 products are exact in float32, so on a GPU only the order of the float32 sum is up to the hardware.
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x.mT, x, out_dtype=torch.float32)
+    return x.float().mT @ x.float()
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, depth: Sequence[int], batches: Iterable[Tensor], ranks: Ranks) -> Hessians:
+    """H = X^T X of the input of every matrix of the very model that is exported, summed over batches and ranks.
+
+    batches: this rank's, each (rows, T) int64 on the model's device. A layer that `depth` visits twice contributes both
+    visits; q, k and v share the kind "qkv"; ("head", 0) is the embedding's as output head. The model runs eagerly,
+    except that document-masked attention is compiled where the model's ops are. No host synchronisation a batch. Raises
+    QuantisationError where no rank had a batch.
+    """
+    config = model.config
+    columns = dict.fromkeys(("qkv", "o", "up"), config.model_dim) | {"down": config.mlp_dim}
+    shapes = {(kind, layer): size for layer in range(config.num_layers) for kind, size in columns.items()}
+    shapes["head", 0] = config.model_dim
+    hessians = {key: torch.zeros(size, size, device=ranks.device) for key, size in shapes.items()}
+
+    def tap(kind: str, layer: int, x: Tensor) -> None:
+        hessians[kind, layer] += _gram(x.flatten(0, -2))
+
+    runner = copy.copy(model)  # the same parameters
+    if config.document_mask:
+        # FlexAttention outside a graph is the slow fall-back that stores all scores.
+        runner.ops = replace(model.ops, attention=model.ops.graph(model.ops.attention))
+    with _full_float32():
+        for tokens in batches:
+            runner.hidden(tokens, depth, model.rotary(tokens.size(1)), tap)
+    for hessian in hessians.values():
+        ranks.all_reduce(hessian)
+    if not hessians["head", 0].any():
+        raise QuantisationError("no calibration batches: wanted at least one on some rank")
+    return hessians
+
+
+def stacked(hessians: Hessians, config: Config) -> dict[str, Tensor]:
+    """Hessians by kind: (layers, columns, columns), (1, columns, columns) for the head."""
+    return {
+        kind: torch.stack([hessians[kind, i] for i in range(1 if kind == "head" else config.num_layers)])
+        for kind in ("qkv", "o", "up", "down", "head")
+    }
+
+
+def factorise(
+    hessian: Tensor,  # (N, columns, columns)
+) -> Factor:
+    """Order of columns and U = upper Cholesky factor of (H + damping)^-1, in float64.
+
+    With R upper triangular and R R^T = H (a Cholesky factor taken from the last column to the first), U = R^-1: one
+    factorisation and no explicit inverse of H. An input that was never active has a zero row in H and so neither gives
+    nor takes errors. Raises QuantisationError where H is not finite or not positive definite at any step of DAMPING.
+    """
+    h = hessian.double()
+    if not h.isfinite().all():
+        raise QuantisationError("Hessian is not finite: the model's activations on calibration data overflow")
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    order = diagonal.argsort(stable=True, dim=-1, descending=True)
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device)
+    for damping in DAMPING:
+        damped = h + (damping * mean)[:, None, None] * eye
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+        if not failed.any():
+            upper = torch.linalg.solve_triangular(lower.flip(-2, -1), eye.expand_as(h), upper=True)
+            return Factor(order, upper.float())
+    raise QuantisationError(
+        f"Hessian {int(failed.nonzero()[0])} of {len(h)} is not positive definite even with {DAMPING[-1]:g} of its "
+        "mean diagonal added"
+    )
+
+
+def parameter_factors(hessians: Hessians, config: Config) -> dict[str, Factor]:
+    """The factor of each quantised parameter, one Hessian a matrix. Each distinct Hessian is factorised once."""
+    by_kind = {kind: factorise(hessian) for kind, hessian in stacked(hessians, config).items()}
+    return {
+        name: Factor(
+            torch.cat([by_kind[kind].order for kind in kinds]), torch.cat([by_kind[kind].upper for kind in kinds])
+        )
+        for name, kinds in INPUTS.items()
+    }
+
+
+def row_scales(
+    weight: Tensor,  # (..., rows, columns)
+    clip_sigmas: float,
+    levels: int,
+) -> Tensor:  # (..., rows) float16
+    """clip_sigmas * std(row) / levels, at least the smallest positive float16.
+
+    Raises QuantisationError where that is no float16 number.
+    """
+    scales = (clip_sigmas * weight.float().std(-1) / levels).to(torch.float16)
+    if not scales.isfinite().all():
+        raise QuantisationError(f"a row of a {tuple(weight.shape)} parameter is not finite or exceeds float16's range")
+    return scales.clamp_min(2.0**-24)
+
+
+@torch.no_grad()
+def round_to_nearest(
+    weight: Tensor,  # (..., rows, columns)
+    scales: Tensor,  # (..., rows)
+    levels: int,
+) -> Tensor:  # (..., rows, columns) int8
+    return (weight.float() / scales.float()[..., None]).round_().clamp_(-levels, levels).to(torch.int8)
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor,  # (N, rows, columns)
+    factor: Factor,
+    scales: Tensor,  # (N, rows) float16
+    levels: int,
+) -> Tensor:  # (N, rows, columns) int8
+    """Codes of N matrices at once, on their device: columns / BLOCK large products and seven launches a column."""
+    matrices, rows, columns = weight.shape
+    # Transposed, so that a column is contiguous.
+    w = weight.float().mT.gather(1, factor.order[:, :, None].expand(-1, -1, rows))  # (N, columns, rows)
+    step, upper = scales.float()[:, None], factor.upper
+    weights_of = upper.mT.contiguous()  # row j: what column j takes of the errors before it
+    pivot = upper.diagonal(dim1=-2, dim2=-1)[:, :, None, None]
+    codes = torch.empty_like(w, dtype=torch.int8)
+    with _full_float32():
+        for start in range(0, columns, BLOCK):
+            end = min(start + BLOCK, columns)
+            errors = w.new_empty(matrices, end - start, rows)
+            for j in range(start, end):
+                done, column = j - start, w[:, j : j + 1]
+                if done:
+                    column = torch.baddbmm(column, weights_of[:, j : j + 1, start:j], errors[:, :done], alpha=-1)
+                code = (column / step).round_().clamp_(-levels, levels)
+                codes[:, j : j + 1] = code
+                torch.div(torch.addcmul(column, code, step, value=-1), pivot[:, j], out=errors[:, done : done + 1])
+            if end < columns:
+                w[:, end:].baddbmm_(weights_of[:, end:, start:end], errors, alpha=-1)
+    place = factor.order.argsort(-1)[:, :, None].expand(-1, -1, rows)
+    return codes.gather(1, place).mT.contiguous()
+
+
+def quantise(
+    weight: Tensor,  # (rows, columns) or (N, rows, columns)
+    factor: Factor,
+    clip_sigmas: float,
+    kind: IntKind,
+) -> Quantised:  # on the CPU
+    """GPTQ of a parameter with SDClip scales. Raises QuantisationError where a row is not finite."""
+    scales = row_scales(weight, clip_sigmas, LEVELS[kind])
+    bank = weight.view(-1, *weight.shape[-2:])
+    codes = gptq(bank, factor, scales.view(bank.shape[:2]), LEVELS[kind])
+    return Quantised(kind, codes.view(weight.shape).cpu(), scales.cpu())
+
+
+@torch.no_grad()
+def output_error(
+    weight: Tensor,  # (N, rows, columns)
+    quantised: Tensor,  # (N, rows, columns)
+    hessian: Tensor,  # (N, columns, columns)
+) -> float:
+    """|X (W - Wq)^T| / |X W^T|, Frobenius norms over all matrices: what GPTQ keeps small."""
+
+    def energy(w: Tensor) -> Tensor:
+        return ((w @ hessian) * w).sum(dtype=torch.float64)
+
+    with _full_float32():
+        ratio = energy(weight - quantised) / energy(weight).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(ratio.clamp_min(0).sqrt())

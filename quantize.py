@@ -1,0 +1,182 @@
+"""Scores a quantised artifact, or lets it write.
+
+    python quantize.py score ARTIFACT             BPB of its model on the validation shards, plain and sliding
+    python quantize.py sample ARTIFACT --prompt "Once upon a time"
+
+Both need the artifact, its tokenizer and, for scoring, the shards; nothing else of the run that made it. Under torchrun
+the ranks share the scoring.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from gpt.artifact import Artifact, ArtifactError, count_code, load
+from gpt.config import ARTIFACT_LIMIT, PRESETS, ROOT, ConfigError
+from gpt.data import DataError, load_validation
+from gpt.distributed import Ranks, distributed
+from gpt.generate import generate, stream_text
+from gpt.record import write_atomic
+from gpt.score import Score, score, validation_text
+from gpt.tokenizer import Tokenizer
+from kernels import KernelError, select
+
+SAMPLE_DATA, SAMPLE_TOKENIZER = (Path(PRESETS["sample"][name]) for name in ("data_path", "tokenizer_path"))
+
+
+def open_tokenizer(path: Path | None, artifact: Artifact) -> Tokenizer:
+    """The tokenizer at a path; without one the sample's, if it is the artifact's, else the configuration's default.
+
+    Raises DataError where it is not the one that the artifact was made with.
+    """
+    if path is None:
+        path = artifact.config.tokenizer_path
+        if SAMPLE_TOKENIZER.is_file() and Tokenizer(SAMPLE_TOKENIZER).sha256 == artifact.header.tokenizer_sha256:
+            path = SAMPLE_TOKENIZER
+    tokenizer = Tokenizer(path)
+    if tokenizer.sha256 != artifact.header.tokenizer_sha256:
+        raise DataError(f"{path}: sha256 {tokenizer.sha256}, wanted {artifact.header.tokenizer_sha256}: the artifact "
+                        "was made with another tokenizer; --tokenizer-path names it")
+    tokenizer.require(artifact.config.vocab_size)
+    return tokenizer
+
+
+def activations(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
+    artifact = load(arguments.artifact)
+    tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
+    config, ops = artifact.config, select(arguments.kernels, ranks.device)
+    data_path = arguments.data_path or (SAMPLE_DATA if tokenizer.path == SAMPLE_TOKENIZER else config.data_path)
+    context = arguments.context or config.context
+    strides = {"plain": context, "sliding": arguments.stride or config.eval_stride}
+    if arguments.only:
+        strides = {arguments.only: strides[arguments.only]}
+    if max(strides.values()) > context:
+        raise ConfigError(f"stride {max(strides.values())}, context {context}: wanted stride <= context")
+
+    model = artifact.model(ops, ranks.device, activations(ranks.device))
+    tokens = load_validation(data_path, config.vocab_size)
+    text = validation_text(tokens, tokenizer.byte_table(), ranks.device)
+    scores = {
+        name: score(
+            model, text, artifact.depth, ranks, context=context, stride=stride, batch_tokens=config.val_batch_size
+        )
+        for name, stride in strides.items()
+    }
+    if not ranks.main:
+        return
+    code = count_code(ROOT)
+    print(report(artifact, code, scores, ops.describe()))
+    if arguments.json:
+        record = {
+            "artifact_sha256": artifact.sha256,
+            "artifact_bytes": artifact.nbytes,
+            "code_bytes": code,
+            "limit": ARTIFACT_LIMIT,
+            "tokenizer_sha256": tokenizer.sha256,
+            "depth": artifact.depth,
+            "kernels": ops.names,
+            "world_size": ranks.world_size,
+            "scores": {
+                name: asdict(s) | {"bpb": s.bpb, "nats_per_token": s.nats_per_token} for name, s in scores.items()
+            },
+        }
+        write_atomic(arguments.json, json.dumps(record, indent=2).encode() + b"\n")
+
+
+def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str) -> str:
+    """The table that `score` prints."""
+    total = artifact.nbytes + code
+    columns = f"{'BPB':>9s}{'nats/token':>12s}{'tokens':>13s}{'bytes':>14s}{'context':>9s}{'stride':>8s}{'s':>9s}"
+    lines = [f"{'':10s}{columns}"]
+    lines += [
+        f"{name:10s}{s.bpb:9.5f}{s.nats_per_token:12.5f}{s.tokens:13,d}{s.bytes:14,d}{s.context:9d}{s.stride:8d}"
+        f"{s.seconds:9.2f}"
+        for name, s in scores.items()
+    ]
+    verdict = "fits" if total <= ARTIFACT_LIMIT else "TOO LARGE"
+    lines += [
+        f"bytes     {artifact.nbytes:,d} artifact + {code:,d} code = {total:,d} of {ARTIFACT_LIMIT:,d}: {verdict}",
+        f"sha256    {artifact.sha256}",
+        f"depth     {' '.join(map(str, artifact.depth))}",
+        "kernels", kernels,
+    ]
+    return "\n".join(lines)
+
+
+def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
+    artifact = load(arguments.artifact)
+    tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
+    # Every token lengthens the context: compiled kernels would be compiled for each length.
+    model = artifact.model(select("reference", ranks.device), ranks.device, activations(ranks.device))
+    prompt = tokenizer.encode(arguments.prompt)
+    tokens = generate(
+        model, artifact.depth, prompt, arguments.tokens, arguments.temperature, arguments.top_p, arguments.seed,
+        stop=(tokenizer.processor.bos_id(), tokenizer.processor.eos_id()),
+    )
+    print(arguments.prompt, end="", flush=True)
+    for piece in stream_text(tokenizer, prompt, tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+def parse(arguments: list[str]) -> Namespace:
+    def number(kind: type[float], low: float, high: float = float("inf")):  # type: ignore[no-untyped-def]
+        def read(text: str) -> float:
+            value = kind(text)
+            if not low <= value <= high:
+                raise ValueError
+            return value
+
+        read.__name__ = f"{kind.__name__} of {low:g} to {high:g}"  # argparse puts it into its message
+        return read
+
+    parser = ArgumentParser("quantize.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    common = ArgumentParser(add_help=False)
+    common.add_argument("artifact", type=Path)
+    common.add_argument("--tokenizer-path", type=Path, help="default: the sample's, if it is the artifact's")
+    common.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+
+    command = commands.add_parser("score", parents=[common], help="bits per byte on the validation shards")
+    command.set_defaults(run=score_artifact)
+    command.add_argument("--data-path", type=Path, help="folder of fineweb_val_*.bin")
+    command.add_argument("--context", type=number(int, 1), help="tokens of a window; default: the configuration's")
+    command.add_argument("--stride", type=number(int, 1), help="of sliding windows; default: the configuration's")
+    only = command.add_mutually_exclusive_group()
+    only.add_argument("--plain", dest="only", action="store_const", const="plain", help="only rows side by side")
+    only.add_argument("--sliding", dest="only", action="store_const", const="sliding", help="only sliding windows")
+    command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
+    command.add_argument("--json", type=Path, help="also write the figures to this file")
+
+    command = commands.add_parser("sample", parents=[common], help="text that goes on from a prompt",
+                                  formatter_class=ArgumentDefaultsHelpFormatter)
+    command.set_defaults(run=sample_artifact)
+    command.add_argument("--prompt", default="", help="text to go on from")
+    command.add_argument("--tokens", type=number(int, 0), default=200, help="at most so many")
+    command.add_argument("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token")
+    command.add_argument("--top-p", type=number(float, 0, 1), default=0.95, help="share of probability drawn from")
+    command.add_argument("--seed", type=number(int, 0), default=0)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    try:
+        with distributed(arguments.device) as ranks:
+            arguments.run(arguments, ranks)
+    except (ArtifactError, ConfigError, DataError, KernelError) as error:
+        sys.exit(f"quantize.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

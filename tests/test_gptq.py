@@ -1,0 +1,256 @@
+"""The quantiser against GPTQ written out plainly, its Hessians against inputs caught in flight, and the size search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gpt import artifact, pack
+from gpt.gptq import (
+    LEVELS,
+    QuantisationError,
+    collect_hessians,
+    factorise,
+    gptq,
+    output_error,
+    parameter_factors,
+    quantise,
+    round_to_nearest,
+    row_scales,
+)
+from gpt.model import BANKS
+from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
+
+
+def correlated(matrices: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Weights (N, rows, columns) and Hessians (N, columns, columns) of inputs that share a few directions."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(matrices, rows, columns, generator=generator) * 0.05
+    mix = torch.randn(matrices, columns // 4, columns, generator=generator)
+    x = torch.randn(matrices, 4 * columns, columns // 4, generator=generator) @ mix
+    x += 0.5 * torch.randn(x.shape, generator=generator)
+    x *= torch.rand(columns, generator=generator) + 0.1
+    return weight, x.mT @ x
+
+
+def plain_gptq(weight: Tensor, hessian: Tensor, scales: Tensor, levels: int) -> Tensor:
+    """One matrix, one column at a time, in float64."""
+    w, h, s = weight.double().clone(), hessian.double().clone(), scales.double()
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    order = hessian.diagonal().argsort(descending=True)
+    w, h = w[:, order], h[order][:, order]
+    u = torch.linalg.cholesky(torch.linalg.inv(h)).mT
+    codes = torch.zeros_like(w)
+    for j in range(w.size(1)):
+        codes[:, j] = (w[:, j] / s).round().clamp(-levels, levels)
+        error = (w[:, j] - codes[:, j] * s) / u[j, j]
+        w[:, j:] -= error[:, None] * u[j, j:]
+    return codes[:, order.argsort()].to(torch.int8)
+
+
+def test_gptq_is_plain_gptq() -> None:
+    weight, hessian = correlated(2, 40, 300)  # two whole blocks of columns and a part
+    scales = row_scales(weight, 12.85, 31)
+    codes = gptq(weight, factorise(hessian), scales, 31)
+    plain = torch.stack([plain_gptq(w, h, s, 31) for w, h, s in zip(weight, hessian, scales, strict=True)])
+    # Rounding differs where float32 and float64 fall on two sides of a tie, and the errors handed on after it.
+    assert (codes != plain).float().mean() < 0.01
+    found, wanted = (
+        output_error(weight, c.float() * scales.float()[..., None], hessian) for c in (codes, plain)
+    )
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+def test_gptq_beats_rounding_on_the_output() -> None:
+    weight, hessian = correlated(3, 64, 256)
+    scales = row_scales(weight, 12.85, 31)
+    step = scales.float()[..., None]
+    ours = output_error(weight, gptq(weight, factorise(hessian), scales, 31) * step, hessian)
+    rounded = output_error(weight, round_to_nearest(weight, scales, 31) * step, hessian)
+    assert ours < 0.6 * rounded
+
+
+def test_scales_follow_the_row_without_floor() -> None:
+    sizes = torch.tensor([1e-4, 1e-2, 1.0, 0.0])
+    weight = sizes[:, None] * torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    scales = row_scales(weight, 12.85, 31)
+    torch.testing.assert_close(scales.float()[:3], 12.85 * weight.std(-1)[:3] / 31, rtol=2e-3, atol=0)
+    assert 0 < scales[3] < 1e-7
+    assert scales.dtype == torch.float16
+    quantised = quantise(weight, factorise(torch.eye(512)[None]), 12.85, "int6")
+    error = (quantised.dequantise() - weight).norm(dim=-1) / weight.norm(dim=-1)
+    assert (error[:3] < 0.15).all()
+    assert not quantised.codes[3].any()
+
+
+def test_dead_inputs_round_to_nearest_and_disturb_nothing() -> None:
+    weight, hessian = correlated(1, 16, 64)
+    dead = torch.tensor([3, 40])
+    hessian[:, dead] = 0
+    hessian[:, :, dead] = 0
+    scales = row_scales(weight, 9.5, 31)
+    codes = gptq(weight, factorise(hessian), scales, 31)
+    assert torch.equal(codes[..., dead], round_to_nearest(weight, scales, 31)[..., dead])
+    nothing = gptq(weight, factorise(torch.zeros_like(hessian)), scales, 31)
+    assert torch.equal(nothing, round_to_nearest(weight, scales, 31))
+
+
+def test_bad_hessians() -> None:
+    x = torch.randn(4, 32)
+    good = x.mT @ x  # rank 4 of 32: the usual damping is enough
+    assert factorise(good[None]).upper.isfinite().all()
+    indefinite = torch.eye(8)
+    indefinite[0, 1] = indefinite[1, 0] = 1.05  # lowest eigenvalue -0.05: needs the second step of damping
+    assert factorise(indefinite[None]).upper.isfinite().all()
+    indefinite[0, 1] = indefinite[1, 0] = 9.0
+    with pytest.raises(QuantisationError, match="Hessian 1 of 2 is not positive definite"):
+        factorise(torch.stack([torch.eye(8), indefinite]))
+    with pytest.raises(QuantisationError, match="not finite"):
+        factorise(torch.full((1, 8, 8), torch.nan))
+    with pytest.raises(QuantisationError, match="not finite"):
+        row_scales(torch.full((2, 8), torch.inf), 9.5, 31)
+
+
+class LinearInputs(TorchFunctionMode):
+    """Inputs of every F.linear, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            self.inputs.append(args[0].flatten(0, -2))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_hessians_are_those_of_the_running_model(document_mask: bool) -> None:
+    config = tiny_config(document_mask=document_mask)
+    model, depth = tiny_model(config), config.depth(True)
+    batches = [random_tokens(64, 64, seed).view(4, 16) for seed in range(3)]
+    hessians = collect_hessians(model, depth, batches, ALONE)
+    wanted: dict[tuple[str, int], Tensor] = {}
+    for tokens in batches:
+        with LinearInputs() as caught, torch.no_grad():
+            model.logits(tokens, depth, model.rotary(16))
+        kinds = [(kind, layer) for layer in depth for kind in ("qkv", "o", "up", "down")]
+        assert len(caught.inputs) == len(kinds) + 1
+        with torch.no_grad():
+            head = model.hidden(tokens, depth, model.rotary(16)).flatten(0, -2)
+        for key, x in zip([*kinds, ("head", 0)], [*caught.inputs[:-1], head], strict=True):
+            wanted[key] = wanted.get(key, 0) + x.double().mT @ x.double()
+    assert hessians.keys() == wanted.keys()
+    for key, hessian in hessians.items():
+        torch.testing.assert_close(hessian.double(), wanted[key], rtol=1e-4, atol=1e-4 * float(wanted[key].abs().max()))
+    # Layer 1 runs twice: twice the inputs of its neighbours, whose every input has the same norm.
+    ratio = hessians["qkv", 1].trace() / (2 * hessians["qkv", 2].trace() * 3 / 2)
+    assert float(ratio) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_no_calibration_batch_is_an_error() -> None:
+    config = tiny_config()
+    with pytest.raises(QuantisationError, match="no calibration batches"):
+        collect_hessians(tiny_model(config), config.depth(True), [], ALONE)
+
+
+def test_a_bank_is_quantised_with_each_matrix_own_hessian() -> None:
+    config = tiny_config()
+    model, depth = tiny_model(config), config.depth(True)
+    hessians = collect_hessians(model, depth, [random_tokens(640, 64).view(40, 16)], ALONE)
+    factors = parameter_factors(hessians, config)
+    for name, places in {
+        "qo_bank": [("qkv", 0), ("qkv", 1), ("qkv", 2), ("o", 0), ("o", 1), ("o", 2)],
+        "kv_bank": [("qkv", 0), ("qkv", 1), ("qkv", 2)] * 2,
+        "mlp_down_bank": [("down", 0), ("down", 1), ("down", 2)],
+        "tok_emb": [("head", 0)],
+    }.items():
+        weight = model.get_parameter(name).detach().view(len(places), -1, model.get_parameter(name).size(-1))
+        scales = row_scales(weight, 9.5, 31)
+        codes = gptq(weight, factors[name], scales, 31)
+        for i, place in enumerate(places):
+            assert (codes[i] != plain_gptq(weight[i], hessians[place], scales[i], 31)).float().mean() < 0.01
+
+
+def test_pack_fits_reports_and_restores(tmp_path: Path) -> None:
+    config = tiny_config(model_dim=64, vocab_size=128, matrix_clip_sigmas=9.5)
+    model, depth = tiny_model(config), config.depth(True)
+    batches = [random_tokens(640, 128).view(40, 16)]
+
+    def packed(limit: int) -> pack.Packed:
+        return pack.pack(model, depth, "0" * 64, batches, tmp_path / "model.pga", ALONE, 1000, limit)
+
+    free = packed(10**6)
+    assert (free.clip_sigmas, free.attempts) == (9.5, 1)
+    assert free.path.stat().st_size == free.nbytes == free.total_nbytes - 1000
+    assert sum(group.parameters for group in free.groups) == sum(
+        model.get_parameter(name).numel() for name in (*BANKS, "tok_emb")
+    )
+    assert all(0 < group.output_error < 0.2 and 2 < group.bits < 8 for group in free.groups)
+    limit = int(0.85 * free.total_nbytes)
+    tight = packed(limit)
+    assert tight.clip_sigmas > 9.5
+    assert 0.97 * limit < tight.total_nbytes <= limit
+    assert tight.table().count("\n") == 8
+    assert tight.as_dict()["total_nbytes"] == tight.total_nbytes
+
+    read = artifact.load(tight.path)
+    assert (read.depth, read.sha256, read.nbytes) == (depth, tight.sha256, tight.nbytes)
+    weights = dict(model.named_parameters())
+    for name, value in read.state_dict().items():
+        assert value.shape == weights[name].shape
+        error = (value - weights[name]).norm() / weights[name].norm()
+        assert error < (0.5 if name in (*BANKS, "tok_emb") else 1e-3)
+    with pytest.raises(QuantisationError, match="does not fit"):
+        packed(9000)
+
+
+def test_pack_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
+    config = tiny_config()
+    model = tiny_model(config)
+    with torch.no_grad():
+        model.attn_scale[1, 3] = torch.nan
+    with pytest.raises(QuantisationError, match="not finite"):
+        pack.pack(model, config.depth(True), "0" * 64, [random_tokens(64, 64).view(4, 16)], tmp_path / "a", ALONE, 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("widened", "brotli"), [(1.0, 1.0), (1.03, 1.02), (0.98, 0.97), (1.1, 1.1)])
+def test_search_corrects_its_predictions(widened: float, brotli: float) -> None:
+    def rough(clip: float) -> float:
+        return 10_000 - 1500 * float(torch.log2(torch.tensor(clip)))
+
+    compressions = []
+
+    def compressed(tensors: pack.Tensors) -> bytes:
+        compressions.append(tensors)
+        return bytes(int(brotli * float(tensors["size"])))  # type: ignore[arg-type]
+
+    clip, _, tensors, data = pack.fit(
+        lambda clip: {"size": torch.tensor(widened * rough(clip) * (1 + 0.002 * clip))},
+        compressed, rough, lambda tensors: float(tensors["size"]), 9.5, 4000,  # type: ignore[arg-type]
+    )
+    assert clip > 9.5
+    assert 3700 < len(data) <= 4000
+    assert len(compressions) <= 3
+    assert compressions[-1] is tensors
+    clip, attempts, _, _ = pack.fit(
+        lambda clip: {"size": torch.tensor(1.0)}, compressed, rough, lambda tensors: 1.0, 9.5, 10_000
+    )
+    assert (clip, attempts) == (9.5, 1)
+
+
+def test_levels_are_symmetric() -> None:
+    assert LEVELS == {"int6": 31, "int8": 127}
+    weight = torch.randn(1, 8, 64)
+    codes = gptq(weight, factorise(torch.eye(64)[None]), row_scales(weight, 1.0, 31), 31)
+    assert (int(codes.min()), int(codes.max())) == (-31, 31)

@@ -1,0 +1,146 @@
+"""quantize.py as a user runs it, and generation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantize
+from gpt import artifact, pack
+from gpt.config import ROOT
+from gpt.data import open_shard, val_shards, write_shard
+from gpt.generate import draw, generate, stream_text
+from gpt.model import BOS
+from gpt.tokenizer import Tokenizer
+from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
+
+TOKENIZER = Tokenizer(quantize.SAMPLE_TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny artifact on the sample's tokenizer, and a folder with the start of the sample's validation text."""
+    folder = tmp_path_factory.mktemp("quantize")
+    config = tiny_config(vocab_size=TOKENIZER.vocab_size, train_seq_len=32, eval_stride=8, val_batch_size=512)
+    batches = [random_tokens(640, TOKENIZER.vocab_size).view(20, 32)]
+    path = folder / "model.pga"
+    pack.pack(tiny_model(config), config.depth(True), TOKENIZER.sha256, batches, path, ALONE, 0)
+    data = folder / "data"
+    data.mkdir()
+    write_shard(data / "fineweb_val_000000.bin", open_shard(val_shards(quantize.SAMPLE_DATA)[0])[:2001])
+    return path, data
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, arguments)])
+    quantize.main()
+
+
+def test_score(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = made
+    run(monkeypatch, "score", path, "--data-path", data, "--json", tmp_path / "score.json")
+    record = json.loads((tmp_path / "score.json").read_text())
+    printed = capsys.readouterr().out
+    assert record["artifact_sha256"] == artifact.load(path).sha256
+    assert record["artifact_bytes"] == path.stat().st_size
+    plain, sliding = record["scores"]["plain"], record["scores"]["sliding"]
+    assert plain["tokens"] == sliding["tokens"] == 2000
+    assert plain["bytes"] == sliding["bytes"] > 2000
+    assert (plain["stride"], sliding["stride"]) == (32, 8)
+    assert record["depth"] == [0, 1, 1, 2]
+    for shown in (f"{plain['bpb']:.5f}", f"{sliding['bpb']:.5f}", record["artifact_sha256"], "fits", "attention"):
+        assert shown in printed
+
+    run(monkeypatch, "score", path, "--data-path", data, "--sliding", "--stride", "16", "--json", tmp_path / "one.json")
+    one = json.loads((tmp_path / "one.json").read_text())["scores"]
+    assert one.keys() == {"sliding"}
+    assert one["sliding"]["stride"] == 16
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--data-path", str(data), "--plain", "--device", "cpu", "--json", str(tmp_path / "two.json")]
+    command = [*torchrun, "quantize.py", "score", str(path), *options]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["world_size"] == 2
+    assert two["scores"]["plain"]["nats"] == pytest.approx(plain["nats"], rel=1e-6)
+
+
+def test_sample_is_decided_by_the_seed(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        run(monkeypatch, "sample", made[0], "--prompt", "The sea", "--tokens", "12", "--seed", seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("The sea")
+
+
+def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, data = made
+    other = artifact.load(path)
+    stranger = tmp_path / "stranger.pga"
+    artifact.save(stranger, artifact.serialise(other.config, other.depth, "0" * 64, other.tensors))
+    damaged = tmp_path / "damaged.pga"
+    damaged.write_bytes(path.read_bytes()[:-1] + b"\0")
+    for arguments, message in (
+        (("score", stranger, "--tokenizer-path", TOKENIZER.path), "made with another tokenizer"),
+        (("score", damaged), "damaged"),
+        (("score", tmp_path / "none"), "No such file"),
+        (("score", path, "--data-path", tmp_path), "no fineweb_val_"),
+        (("score", path, "--data-path", data, "--context", "8", "--stride", "9"), "wanted stride <= context"),
+        (("score", path, "--kernels", "magic"), "magic"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, *arguments)
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "sample", path, "--top-p", "1.5")
+
+
+def test_generation_sees_its_context_and_stops() -> None:
+    config = tiny_config()
+    model, depth = tiny_model(config), config.depth(True)
+    prompt = random_tokens(40, 64).tolist()
+    tokens = list(generate(model, depth, prompt, 30, 0.0, 1.0, seed=0, stop=()))
+    ids = [BOS, *prompt]
+    with torch.no_grad():
+        for token in tokens:
+            row = torch.tensor([ids[-16:]])
+            assert token == int(model.logits(row, depth, model.rotary(row.size(1))).argmax())
+            ids.append(token)
+    stopped = list(generate(model, depth, prompt, 30, 0.0, 1.0, seed=0, stop=tokens[3:4]))
+    assert stopped == tokens[: tokens.index(tokens[3])]
+    assert list(generate(model, depth, [], 0, 1.0, 1.0, seed=0)) == []
+
+
+def test_top_p_keeps_the_fewest_tokens() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(temperature: float, top_p: float) -> set[int]:
+        return {draw(logits, temperature, top_p, generator) for _ in range(300)}
+
+    assert drawn(1.0, 0.5) == {1}
+    assert drawn(1.0, 0.7) == {1, 3}
+    assert drawn(1.0, 1.0) == {0, 1, 2, 3}
+    assert drawn(0.0, 1.0) == {1}
+    assert drawn(1.0, 0.0) == {1}
+
+
+def test_characters_in_byte_pieces_come_whole() -> None:
+    text = " caf\u00e9 \u2603 \U0001f642\U0001f680 end"
+    ids = TOKENIZER.encode(text)
+    assert any(TOKENIZER.processor.is_byte(i) for i in ids)
+    pieces = list(stream_text(TOKENIZER, TOKENIZER.encode("A"), ids))
+    assert len(pieces) > 5
+    assert "".join(pieces) == TOKENIZER.decode(TOKENIZER.encode("A") + ids)[1:]
+    assert not any("\ufffd" in piece for piece in pieces)
+    # What never becomes a character is shown in the end.
+    assert "".join(stream_text(TOKENIZER, [], ids[: ids.index(TOKENIZER.encode("\U0001f642")[-1])])).endswith("\ufffd")

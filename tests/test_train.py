@@ -1,0 +1,237 @@
+"""The training program as a user runs it: on one process and two, killed and resumed, and with things that are wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt.artifact import load
+from gpt.config import ROOT
+from gpt.data import open_shard, write_shard
+
+SAMPLE = ROOT / "data/sample"
+# A model small enough for a test, by the seed's own environment names.
+SMALL = {
+    "NUM_LAYERS": "4", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "RECUR_LAYERS": "1,2",
+    "RECUR_START_STEP": "3", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "768", "MICRO_BATCH_TOKENS": "384",
+    "VAL_BATCH_SIZE": "2048", "EVAL_STRIDE": "32", "ITERATIONS": "8", "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0",
+    "GPTQ_CALIBRATION_BATCHES": "3", "TRAIN_LOG_EVERY": "1", "VAL_LOSS_EVERY": "4", "CHECKPOINT_EVERY": "2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample's training shard with a validation of a few thousand tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copy(SAMPLE / "fineweb_train_000000.bin", folder)
+    write_shard(folder / "fineweb_val_000000.bin", np.array(open_shard(SAMPLE / "fineweb_val_000000.bin")[:3000]))
+    return folder
+
+
+def command(processes: int, arguments: tuple[str, ...]) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / "train.py"), *arguments]
+
+
+def environ(**settings: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+
+
+def train(*arguments: str, processes: int = 1, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(processes, arguments), env=environ(**settings), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def small(data: Path, runs: Path, name: str, **settings: str) -> dict[str, str]:
+    return {**SMALL, "PRESET": "sample", "DATA_PATH": str(data), "RUNS_PATH": str(runs), "RUN_ID": name, **settings}
+
+
+def metrics(run: Path, *keys: str) -> list[tuple[Any, ...]]:
+    """The given keys of every line of a run's metrics; -1 where a line has not got one."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line.get(key, -1) for key in keys) for line in lines]
+
+
+CURVE = ("step", "train_loss", "gradient_norm", "lr_factor", "layers", "val_loss", "val_bpb")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run's folder and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = train(**small(data, runs, "whole"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs / "whole", done.stdout
+
+
+def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> None:
+    run, printed = whole
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "model.pga", "summary.json"
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert summary["depth"] == [0, 1, 2, 1, 2, 3]
+    scores = summary["scores"]
+    assert {score["tokens"] for score in scores.values()} == {2999}
+    assert len({score["bytes"] for score in scores.values()}) == 1
+    assert abs(scores["artifact"]["bpb"] - scores["ema"]["bpb"]) < 0.05
+    assert (run / "model.pga").stat().st_size == summary["artifact"]["nbytes"]
+    for text in ("BPB of EMA weights", "BPB of artifact, plain", "BPB of artifact, sliding 32", "16,000,000 bytes",
+                 "ms a step", "tokens/s", "attention             reference", "recur_layers                (1, 2)"):  # fmt: skip
+        assert text in printed
+    assert json.loads((run / "config.json").read_text())["model_dim"] == 64
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["world_size"] == 1
+    assert [entry for entry in metrics(run, "step", "layers") if entry[1] > 0] == [(n, 4 if n <= 3 else 6) for n in range(1, 9)]
+    losses = [loss for (loss,) in metrics(run, "train_loss") if loss > 0]
+    assert losses[-1] < losses[0] - 0.3
+    assert load(run / "model.pga").depth == (0, 1, 2, 1, 2, 3)
+
+
+def test_the_artifact_alone_scores_what_the_run_scored(whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
+    run, _ = whole
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "quantize.py"), "score", str(run / "model.pga"), "--data-path", str(data),
+         "--json", str(tmp_path / "score.json")],
+        env=environ(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((run / "summary.json").read_text())["scores"]
+    for text in (f"{scores['artifact']['bpb']:.4f}", f"{scores['artifact_sliding']['bpb']:.4f}"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_more_processes_train_the_same_model(processes: int, whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
+    """Two and three processes over gloo: 12 rows a step in all, one loss curve."""
+    settings = small(data, tmp_path, "ranks", MICRO_BATCH_TOKENS=str(768 // processes))
+    done = train(processes=processes, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for alone, together in zip(metrics(whole[0], *CURVE), metrics(tmp_path / "ranks", *CURVE), strict=True):
+        assert together == pytest.approx(alone, rel=2e-5)
+    one, many = (json.loads((run / "summary.json").read_text()) for run in (whole[0], tmp_path / "ranks"))
+    assert many["scores"]["artifact_sliding"]["tokens"] == 2999
+    assert many["scores"]["artifact"]["bpb"] == pytest.approx(one["scores"]["artifact"]["bpb"], abs=2e-3)
+
+
+def test_the_seeds_own_command_runs(data: Path, tmp_path: Path) -> None:
+    """The seed's names and stream with two processes through gloo; only size and text are the test's."""
+    seed = {
+        "QK_GAIN_INIT": "5.25", "RECUR_LAYERS": "3,4,5", "RECUR_START_STEP": "2", "MUON_WD": "0.095",
+        "EMA_DECAY": "0.9965", "WARMDOWN_FRAC": "0.72", "TTT_ENABLED": "0", "SEED": "1337",
+    }  # fmt: skip
+    size = {**SMALL, "VOCAB_SIZE": "1024", "NUM_LAYERS": "11", "ITERATIONS": "3", "MAX_WALLCLOCK_SECONDS": "300"}
+    place = {
+        "DATA_PATH": str(data), "TOKENIZER_PATH": str(SAMPLE / "tokenizer.model"), "RUNS_PATH": str(tmp_path), "RUN_ID": "seed",
+    }  # fmt: skip
+    done = train(processes=2, **{**size, **place, **seed})
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((tmp_path / "seed/config.json").read_text())
+    assert (config["preset"], config["train_order"], config["document_mask"]) == ("seed", "sequential", False)
+    assert [layers for (layers,) in metrics(tmp_path / "seed", "layers") if layers > 0] == [11, 11, 14]
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_curve(whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
+    """SIGKILL once early, once late, then to the end: every logged number is that of the uninterrupted run."""
+    settings = small(data, tmp_path, "killed")
+    run = tmp_path / "killed"
+    for number, arguments in ((3, ()), (6, ("--resume", str(run)))):
+        process = subprocess.Popen(
+            command(1, arguments), env=environ(**(settings if not arguments else {})),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 200
+        log = run / "metrics.jsonl"
+        while not (log.exists() and f'"step": {number}, "train_loss"' in log.read_text()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "train_lo')  # what a kill may leave
+    done = train("--resume", str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics(run, *CURVE) == metrics(whole[0], *CURVE)
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (whole[0], run))
+    assert one["artifact"]["sha256"] == other["artifact"]["sha256"]
+    assert len((run / "resumed.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_time_cap_ends_the_run_and_its_schedule(data: Path, tmp_path: Path) -> None:
+    settings = small(
+        data, tmp_path, "timed", ITERATIONS="100000", MAX_WALLCLOCK_SECONDS="4", GPTQ_RESERVE_SECONDS="1", VAL_LOSS_EVERY="0",
+        WARMDOWN_FRAC="0.5", CHECKPOINT_EVERY="0",
+    )  # fmt: skip
+    done = train(**settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "timed/summary.json").read_text())
+    assert 2.0 < summary["seconds"] <= 3.05
+    factors = [factor for (factor,) in metrics(tmp_path / "timed", "lr_factor")]
+    assert factors[0] == 1.0
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"NUM_HEADS": "7"}, "ConfigError: model_dim=64 is not a multiple of num_heads=7"),
+        ({"VOCAB_SIZE": "8192"}, "DataError: .*1024.*8192"),
+        ({"DATA_PATH": "/nonexistent"}, "DataError: /nonexistent"),
+        ({"KERNELS": "triton"}, "KernelError: .*no triton implementation"),
+        ({"TTT_ENABLED": "1"}, "ConfigError: TTT_ENABLED=1"),
+        ({"TRAIN_BATCH_TOKENS": "100"}, "ConfigError: train_batch_tokens=100"),
+        ({"RUN_ID": "taken"}, "RecordError: run folder .*taken exists"),
+        ({"DEVICE": "cuda"}, "ConfigError: device=cuda"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(
+    change: dict[str, str], message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import torch
+
+    from train import main
+
+    if "DEVICE" in change and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "taken").mkdir()
+    for name, value in {**small(data, tmp_path, "wrong"), **change}.items():
+        monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+
+
+def test_two_processes_refuse_a_batch_that_does_not_divide(data: Path, tmp_path: Path) -> None:
+    done = train(processes=2, **small(data, tmp_path, "odd", TRAIN_BATCH_TOKENS="192", MICRO_BATCH_TOKENS="64"))
+    assert done.returncode != 0
+    assert "world size 2 does not divide the batch" in done.stderr
+
+
+def test_a_run_is_resumed_only_as_it_was(whole: tuple[Path, str], tmp_path: Path) -> None:
+    assert "ConfigError: --resume takes the run's own configuration" in train("--resume", str(whole[0]), "--seed", "1").stderr
+    assert f"RecordError: {tmp_path} is not a run's folder" in train("--resume", str(tmp_path)).stderr
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole[0], damaged)
+    content = bytearray((damaged / "checkpoint.pt").read_bytes())
+    (damaged / "checkpoint.pt").write_bytes(bytes(content[: len(content) // 2]))
+    assert "cannot be read as a checkpoint" in train("--resume", str(damaged)).stderr
