@@ -41,8 +41,10 @@ def open_tokenizer(path: Path | None, artifact: Artifact) -> Tokenizer:
             path = SAMPLE_TOKENIZER
     tokenizer = Tokenizer(path)
     if tokenizer.sha256 != artifact.header.tokenizer_sha256:
-        raise DataError(f"{path}: sha256 {tokenizer.sha256}, wanted {artifact.header.tokenizer_sha256}: the artifact "
-                        "was made with another tokenizer; --tokenizer-path names it")
+        raise DataError(
+            f"{path}: sha256 {tokenizer.sha256}, wanted {artifact.header.tokenizer_sha256}: the artifact "
+            "was made with another tokenizer; --tokenizer-path names it"
+        )
     tokenizer.require(artifact.config.vocab_size)
     return tokenizer
 
@@ -108,7 +110,8 @@ def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str
         f"bytes     {artifact.nbytes:,d} artifact + {code:,d} code = {total:,d} of {ARTIFACT_LIMIT:,d}: {verdict}",
         f"sha256    {artifact.sha256}",
         f"depth     {' '.join(map(str, artifact.depth))}",
-        "kernels", kernels,
+        "kernels",
+        kernels,
     ]
     return "\n".join(lines)
 
@@ -120,7 +123,13 @@ def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
     model = artifact.model(select("reference", ranks.device), ranks.device, activations(ranks.device))
     prompt = tokenizer.encode(arguments.prompt)
     tokens = generate(
-        model, artifact.depth, prompt, arguments.tokens, arguments.temperature, arguments.top_p, arguments.seed,
+        model,
+        artifact.depth,
+        prompt,
+        arguments.tokens,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.seed,
         stop=(tokenizer.processor.bos_id(), tokenizer.processor.eos_id()),
     )
     print(arguments.prompt, end="", flush=True)
@@ -158,8 +167,12 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
 
-    command = commands.add_parser("sample", parents=[common], help="text that goes on from a prompt",
-                                  formatter_class=ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser(
+        "sample",
+        parents=[common],
+        help="text that goes on from a prompt",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
     command.set_defaults(run=sample_artifact)
     command.add_argument("--prompt", default="", help="text to go on from")
     command.add_argument("--tokens", type=number(int, 0), default=200, help="at most so many")

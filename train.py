@@ -1,8 +1,8 @@
 """Train a model, quantise it, write the artifact, read it back and score it.
 
-    python train.py --preset sample              all settings: --help; the seed's environment names set them too
-    torchrun --standalone --nproc_per_node=8 train.py
-    python train.py --resume runs/NAME           go on with an interrupted run
+python train.py --preset sample              all settings: --help; the seed's environment names set them too
+torchrun --standalone --nproc_per_node=8 train.py
+python train.py --resume runs/NAME           go on with an interrupted run
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gpt.artifact import ArtifactError, count_code, load
-from gpt.config import ROOT, Config, ConfigError, load_config
+from gpt.config import ROOT, ConfigError, load_config
 from gpt.data import DataError, Tokenizer, calibration_batches, load_validation
 from gpt.distributed import Ranks, distributed
 from gpt.gptq import QuantisationError
@@ -59,7 +59,9 @@ def run_job(run: Run, ranks: Ranks) -> None:
         print(header(config, ops, ranks, run.path), flush=True)
 
     def scored(model: GPT, depth: tuple[int, ...], stride: int) -> Score:
-        return score(model, text, depth, ranks, context=config.context, stride=stride, batch_tokens=config.val_batch_size)
+        return score(
+            model, text, depth, ranks, context=config.context, stride=stride, batch_tokens=config.val_batch_size
+        )
 
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     model = GPT(config, ops, dtype).initialise(config.seed).to(ranks.device)
@@ -77,7 +79,9 @@ def run_job(run: Run, ranks: Ranks) -> None:
     plain = scored(restored, artifact.depth, config.context)
     sliding = scored(restored, artifact.depth, config.eval_stride)
 
-    summary = summarise(run, trained, packed, warmup_seconds, {"ema": ema, "artifact": plain, "artifact_sliding": sliding})
+    summary = summarise(
+        run, trained, packed, warmup_seconds, {"ema": ema, "artifact": plain, "artifact_sliding": sliding}
+    )
     run.write_json("summary.json", summary)
     if ranks.main:
         print(f"\n{packed.table()}\n\n{table(summary)}", flush=True)

@@ -172,7 +172,10 @@ def serialise(
     with ThreadPoolExecutor() as threads:
         streams: list[bytes] = list(threads.map(brotli.compress, contents))  # quality 11; releases the interpreter lock
     header = Header(
-        config=config, depth=tuple(depth), tokenizer_sha256=tokenizer_sha256, tensors=tuple(entries),
+        config=config,
+        depth=tuple(depth),
+        tokenizer_sha256=tokenizer_sha256,
+        tensors=tuple(entries),
         streams=tuple(StreamEntry(bytes=len(s), size=len(c)) for s, c in zip(streams, contents, strict=True)),
     )
     text: bytes = brotli.compress(header.model_dump_json(exclude={"config": MACHINE}).encode())
@@ -227,8 +230,10 @@ def _read_header(text: bytes) -> Header:
     # Before anything is made from the shapes.
     weights = config.model_dim * (config.vocab_size + config.num_layers * (config.model_dim + config.mlp_dim))
     _want(weights <= MAX_BYTES, f"header: a model of more than {weights} weights, wanted at most {MAX_BYTES}")
-    _want(max(header.depth) < config.num_layers,
-          f"header: depth {header.depth} names a layer outside 0..{config.num_layers - 1}")
+    _want(
+        max(header.depth) < config.num_layers,
+        f"header: depth {header.depth} names a layer outside 0..{config.num_layers - 1}",
+    )
     return header
 
 
@@ -251,8 +256,10 @@ def _check_table(header: Header) -> None:
         _want(entry.shape == shape, f"{what}: shape {entry.shape}, wanted {shape}")
         _want(entry.kind in kinds, f"{what}: {entry.kind}, wanted one of {', '.join(sorted(kinds))}")
         _want(entry.stream < len(sizes), f"{what}: in stream {entry.stream} of {len(sizes)}")
-        _want(entry.offset == sizes[entry.stream],
-              f"{what}: at byte {entry.offset} of stream {entry.stream}, wanted {sizes[entry.stream]}")
+        _want(
+            entry.offset == sizes[entry.stream],
+            f"{what}: at byte {entry.offset} of stream {entry.stream}, wanted {sizes[entry.stream]}",
+        )
         sizes[entry.stream] += entry.nbytes
         seen[entry.name] = entry
     needed = set(wanted) | {f"{name}.scales" for name, entry in seen.items() if entry.kind in LEVELS}
@@ -301,9 +308,14 @@ def parse(data: bytes) -> Artifact:
         parts.append(data[begin : begin + stream.bytes])
         begin += stream.bytes
     with ThreadPoolExecutor() as threads:
-        contents = list(threads.map(
-            _decompress, parts, [s.size for s in header.streams], [f"stream {number}" for number in range(len(parts))]
-        ))
+        contents = list(
+            threads.map(
+                _decompress,
+                parts,
+                [s.size for s in header.streams],
+                [f"stream {number}" for number in range(len(parts))],
+            )
+        )
     read = {entry.name: (entry.kind, _read_tensor(entry, contents[entry.stream])) for entry in header.tensors}
     tensors: dict[str, Quantised | Tensor] = {
         name: Quantised(kind, values, read[f"{name}.scales"][1]) if kind in LEVELS else values
@@ -340,4 +352,3 @@ def count_code(root: str | Path) -> int:
         f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes() for path in files
     )
     return len(base64.b85encode(lzma.compress(archive, preset=9 | lzma.PRESET_EXTREME)))
-

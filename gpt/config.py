@@ -216,28 +216,47 @@ class Config(BaseModel):
             if not condition:
                 raise ValueError(message)
 
-        want(self.model_dim % self.num_heads == 0,
-             f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}")
-        want(self.num_heads % self.num_kv_heads == 0,
-             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        want(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-             f"rope_dims={self.rope_dims} has to be even and at most the head dimension {self.head_dim}")
-        want(self.train_batch_tokens % self.train_seq_len == 0,
-             f"train_batch_tokens={self.train_batch_tokens} is not a multiple of train_seq_len={self.train_seq_len}")
-        want(self.micro_batch_tokens >= self.train_seq_len,
-             f"micro_batch_tokens={self.micro_batch_tokens} is less than one row of {self.train_seq_len}")
+        want(
+            self.model_dim % self.num_heads == 0,
+            f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}",
+        )
+        want(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        want(
+            self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
+            f"rope_dims={self.rope_dims} has to be even and at most the head dimension {self.head_dim}",
+        )
+        want(
+            self.train_batch_tokens % self.train_seq_len == 0,
+            f"train_batch_tokens={self.train_batch_tokens} is not a multiple of train_seq_len={self.train_seq_len}",
+        )
+        want(
+            self.micro_batch_tokens >= self.train_seq_len,
+            f"micro_batch_tokens={self.micro_batch_tokens} is less than one row of {self.train_seq_len}",
+        )
         first = self.recur_layers[0] if self.recur_layers else 0
-        want(self.recur_layers == tuple(range(first, first + len(self.recur_layers))),
-             f"recur_layers={self.recur_layers} has to be ascending and contiguous")
-        want(all(0 <= layer < self.num_layers for layer in self.recur_layers),
-             f"recur_layers={self.recur_layers} names a layer outside 0..{self.num_layers - 1}")
-        want(self.eval_stride <= self.context,
-             f"eval_stride={self.eval_stride} is more than the context {self.context}")
-        want(self.val_batch_size >= self.context,
-             f"val_batch_size={self.val_batch_size} is less than one row of {self.context}")
-        want(self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-             f"gptq_reserve_seconds={self.gptq_reserve_seconds} leaves nothing of "
-             f"max_wallclock_seconds={self.max_wallclock_seconds}")
+        want(
+            self.recur_layers == tuple(range(first, first + len(self.recur_layers))),
+            f"recur_layers={self.recur_layers} has to be ascending and contiguous",
+        )
+        want(
+            all(0 <= layer < self.num_layers for layer in self.recur_layers),
+            f"recur_layers={self.recur_layers} names a layer outside 0..{self.num_layers - 1}",
+        )
+        want(
+            self.eval_stride <= self.context, f"eval_stride={self.eval_stride} is more than the context {self.context}"
+        )
+        want(
+            self.val_batch_size >= self.context,
+            f"val_batch_size={self.val_batch_size} is less than one row of {self.context}",
+        )
+        want(
+            self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
+            f"gptq_reserve_seconds={self.gptq_reserve_seconds} leaves nothing of "
+            f"max_wallclock_seconds={self.max_wallclock_seconds}",
+        )
         return self
 
 
@@ -252,8 +271,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "seed-first": _SEED
     | {"recur_start_step": 2000, "warmdown_frac": 0.72, "matrix_lr": 0.025, "matrix_clip_sigmas": 12.85},
     # The seed's final settings on one H100: one eighth of its batch, recurrence from step 2000.
-    "one-gpu": _SEED
-    | {"train_batch_tokens": 98_304, "max_wallclock_seconds": 600.0, "recur_start_step": 2000},
+    "one-gpu": _SEED | {"train_batch_tokens": 98_304, "max_wallclock_seconds": 600.0, "recur_start_step": 2000},
     # The text in data/sample; minutes on two CPU cores.
     "sample": {
         "data_path": ROOT / "data/sample",
@@ -294,13 +312,16 @@ class _Preset(BaseSettings):
     preset: str = "seed"
 
 
-class _Settings(Config, BaseSettings):  # type: ignore[misc]
+class _Settings(Config, BaseSettings):
     model_config = SettingsConfigDict(cli_kebab_case=True, extra="forbid", frozen=True)
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return env_settings, init_settings  # the command line is put before these by pydantic-settings
@@ -351,10 +372,15 @@ def load_config(arguments: Sequence[str], prog: str = "train.py") -> Config:
     """
     _check_seed_names(os.environ)
     try:
-        preset = _Preset(_cli_parse_args=[a for a in arguments if a not in ("-h", "--help")]).preset
+        without_help = [argument for argument in arguments if argument not in ("-h", "--help")]
+        preset = _Preset(_cli_parse_args=without_help).preset  # type: ignore[call-arg]
         if preset not in PRESETS:
             raise ConfigError(f"preset={preset!r}: wanted one of {', '.join(PRESETS)}")
-        settings = _Settings(_cli_parse_args=list(arguments), _cli_prog_name=prog, **PRESETS[preset])
+        settings = _Settings(
+            _cli_parse_args=list(arguments),  # type: ignore[call-arg]
+            _cli_prog_name=prog,
+            **PRESETS[preset],
+        )
         return Config(**{**settings.model_dump(), "preset": preset})
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None

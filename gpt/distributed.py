@@ -46,7 +46,7 @@ class Ranks:
 def distributed(device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), and leave it at the end.
 
-    device: "cuda", "cpu" or "auto", which takes a GPU where there is one. Raises ConfigError where the machine lacks it.
+    device: "cuda", "cpu" or "auto", a GPU where there is one. Raises ConfigError where the machine lacks it.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

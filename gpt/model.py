@@ -110,9 +110,7 @@ class GPT(nn.Module):
             if tap:
                 tap("qkv", i, h)
             q, k, v = (
-                F.linear(h, qkv_weights[i])
-                .unflatten(-1, (-1, head_dim))
-                .split((heads, kv_heads, kv_heads), dim=2)
+                F.linear(h, qkv_weights[i]).unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=2)
             )
             q, k = ops.qk_norm_rotary(q, k, self.q_gain[i], *rotary)
             y = ops.attention(q, k, v, mask).flatten(2)

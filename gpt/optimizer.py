@@ -24,6 +24,11 @@ def coefficients(name: str, steps: int) -> tuple[tuple[float, float, float], ...
     return tuple(table[min(i, len(table) - 1)] for i in range(steps))
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "step() comes after backward()"
+    return parameter.grad
+
+
 @dataclass
 class _Bank:
     """One bank of matrices (N, rows, columns) and this rank's share of it."""
@@ -44,9 +49,9 @@ class _Bank:
 class Optimizer:
     """Optimizer of a GPT over all ranks; every rank ends each step with the same weights.
 
-    A step: reduce-scatter (mean) of each bank's gradient along its first axis, largest first, and one all-reduce of all
-    other gradients in a flat bucket; clip by the norm of the averaged gradient; AdamW while the banks' shares go through
-    momentum, Nesterov and Newton-Schulz; all-gather of each bank's update while the next is computed; EMA. Nothing in a
+    A step: reduce-scatter (mean) of each bank's gradient along its first axis, largest first, and one all-reduce of
+    all other gradients in a flat bucket; clip by the norm of the averaged gradient; AdamW; momentum, Nesterov and
+    Newton-Schulz of each bank's share, and the all-gather of its update while the next is computed; EMA. Nothing in a
     step waits for the GPU. Banks are communicated in the model's dtype, everything else in float32.
     """
 
@@ -68,8 +73,11 @@ class Optimizer:
                 {"params": [embedding], "peak_lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
                 {"params": list(parameters.values()), "peak_lr": config.scalar_lr, "weight_decay": config.adam_wd},
             ],
-            lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True,
-        )  # fmt: skip
+            lr=0.0,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            fused=True,
+        )
         self.ema = [p.detach().clone() for p in model.parameters()]
 
     def momentum_at(self, step: int) -> float:
@@ -111,13 +119,12 @@ class Optimizer:
 
     def _reduce(self) -> tuple[list[tuple[Tensor, Any]], Tensor]:
         """This rank's share of each bank's mean gradient, and the flat mean gradient of the rest (float32)."""
-        bucket = _flatten_dense_tensors([p.grad for p in self.rest])
+        bucket = _flatten_dense_tensors([_gradient(p) for p in self.rest])
         if self.ranks.world_size == 1:
-            return [(bank.parameter.grad, None) for bank in self.banks], bucket
+            return [(_gradient(bank.parameter), None) for bank in self.banks], bucket
         shards = []
         for bank in self.banks:
-            assert bank.parameter.grad is not None
-            gradient = bank.parameter.grad.to(self.model.dtype)
+            gradient = _gradient(bank.parameter).to(self.model.dtype)
             padding = bank.share * self.ranks.world_size - bank.count
             if padding:
                 gradient = torch.cat((gradient, gradient.new_zeros(padding, *gradient.shape[1:])))

@@ -131,8 +131,14 @@ def pack(
 
 
 def _pack(
-    model: GPT, depth: Sequence[int], tokenizer_sha256: str, hessians: Hessians, path: Path, code_nbytes: int,
-    limit: int, calibrated: float,
+    model: GPT,
+    depth: Sequence[int],
+    tokenizer_sha256: str,
+    hessians: Hessians,
+    path: Path,
+    code_nbytes: int,
+    limit: int,
+    calibrated: float,
 ) -> Packed:
     config = model.config
     seconds = {"calibrate": calibrated, "quantise": 0.0, "compress": 0.0}

@@ -24,14 +24,20 @@ class Progress:
         self._settings: dict[int, tuple[float, int]] = {}
         self._last: StepReport | None = None
         self._bar = tqdm(
-            total=config.iterations, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr,
+            total=config.iterations,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
             disable=not (run.ranks.main and sys.stderr.isatty()),
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
 
     def launched(self, step: int, lr_factor: float, depth: tuple[int, ...]) -> None:
@@ -54,11 +60,20 @@ class Progress:
                 rate = self.config.train_batch_tokens / seconds
             self._last = report
             self.run.log(
-                {"step": number, "train_loss": report.loss, "gradient_norm": report.gradient_norm, "lr_factor": factor,
-                 "layers": layers, "elapsed": round(report.launched, 3), "ms_per_step": round(1e3 * seconds, 3),
-                 "tokens_per_second": round(rate)}
-            )  # fmt: skip
-            self._say(f"step {number}/{self.config.iterations}  {self._line(report.loss, seconds, rate, report.launched)}")
+                {
+                    "step": number,
+                    "train_loss": report.loss,
+                    "gradient_norm": report.gradient_norm,
+                    "lr_factor": factor,
+                    "layers": layers,
+                    "elapsed": round(report.launched, 3),
+                    "ms_per_step": round(1e3 * seconds, 3),
+                    "tokens_per_second": round(rate),
+                }
+            )
+            self._say(
+                f"step {number}/{self.config.iterations}  {self._line(report.loss, seconds, rate, report.launched)}"
+            )
 
     def validated(self, step: int, score: Score) -> None:
         """Show and log a validation of the weights after `step` steps."""
@@ -71,9 +86,8 @@ class Progress:
 
     def _line(self, loss: float, seconds: float, rate: float, elapsed: float) -> str:
         left = f"  {max(self.cap - elapsed, 0.0):.0f} s left" if self.cap else ""
-        return (
-            f"loss {loss:.4f}  BPB {loss / self.nats_per_bit_byte:.4f}  {1e3 * seconds:.1f} ms/step  {rate:,.0f} tok/s{left}"
-        )
+        bpb = loss / self.nats_per_bit_byte
+        return f"loss {loss:.4f}  BPB {bpb:.4f}  {1e3 * seconds:.1f} ms/step  {rate:,.0f} tok/s{left}"
 
     def _say(self, text: str) -> None:
         if self.run.ranks.main and self._bar.disable:

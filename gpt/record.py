@@ -1,9 +1,9 @@
 """The record of a run: a folder of its own with everything that was set, measured and made.
 
-    config.json          the full configuration            metrics.jsonl        one JSON line a logged step
-    environment.json     versions, GPU, git commit          curves.png           loss and learning rate
-    checkpoint.pt        weights, optimizer, EMA, position  summary.json         what the run ended with
-    model.pga            the artifact
+config.json          the full configuration            metrics.jsonl        one JSON line a logged step
+environment.json     versions, GPU, git commit          curves.png           loss and learning rate
+checkpoint.pt        weights, optimizer, EMA, position  summary.json         what the run ended with
+model.pga            the artifact
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def header(config: Config, ops: Ops, ranks: Ranks, path: Path) -> str:
     )
 
 
-def summarise(run: Run, trained: Trained, packed: Packed, warmup_seconds: float, scores: dict[str, Score]) -> dict[str, Any]:
+def summarise(
+    run: Run, trained: Trained, packed: Packed, warmup_seconds: float, scores: dict[str, Score]
+) -> dict[str, Any]:
     """summary.json: everything the run ended with. Seconds on the clock are training and calibration."""
     config = run.config
     times = [entry["ms_per_step"] for entry in run.metrics() if "ms_per_step" in entry and entry["step"] > 1]
@@ -40,16 +42,25 @@ def summarise(run: Run, trained: Trained, packed: Packed, warmup_seconds: float,
         "warmup_seconds": round(warmup_seconds, 3),
         "ms_per_step": round(1e3 * trained.seconds / trained.steps, 3) if trained.steps else None,
         "ms_per_step_median": statistics.median(times) if times else None,
-        "tokens_per_second": round(trained.steps * config.train_batch_tokens / trained.seconds) if trained.steps else None,
+        "tokens_per_second": round(trained.steps * config.train_batch_tokens / trained.seconds)
+        if trained.steps
+        else None,
         "train_loss": trained.train_loss if trained.steps else None,
         "depth": trained.depth,
         "scores": {
-            name: {"bpb": score.bpb, "nats_per_token": score.nats_per_token, "tokens": score.tokens, "bytes": score.bytes,
-                   "context": score.context, "stride": score.stride, "seconds": round(score.seconds, 3)}
+            name: {
+                "bpb": score.bpb,
+                "nats_per_token": score.nats_per_token,
+                "tokens": score.tokens,
+                "bytes": score.bytes,
+                "context": score.context,
+                "stride": score.stride,
+                "seconds": round(score.seconds, 3),
+            }
             for name, score in scores.items()
         },
         "artifact": packed.as_dict(),
-    }  # fmt: skip
+    }
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -73,7 +84,10 @@ def table(summary: dict[str, Any]) -> str:
         ("BPB of EMA weights", f"{scores['ema']['bpb']:.4f}"),
         ("BPB of artifact, plain", f"{scores['artifact']['bpb']:.4f}"),
         (f"BPB of artifact, sliding {sliding['stride']}", f"{sliding['bpb']:.4f}"),
-        ("artifact + code", f"{artifact['nbytes']:,} + {artifact['code_nbytes']:,} = {artifact['total_nbytes']:,} bytes"),
+        (
+            "artifact + code",
+            f"{artifact['nbytes']:,} + {artifact['code_nbytes']:,} = {artifact['total_nbytes']:,} bytes",
+        ),
         ("limit", f"{ARTIFACT_LIMIT:,} bytes, {abs(over):,} {'OVER' if over > 0 else 'to spare'}"),
         ("artifact sha256", artifact["sha256"]),
     ]

@@ -15,6 +15,7 @@ from gpt.clock import Clock, StepReport
 from gpt.config import Config
 from gpt.data import TrainLoader
 from gpt.distributed import Ranks
+from gpt.gptq import collect_hessians
 from gpt.model import GPT
 from gpt.optimizer import Optimizer
 from gpt.progress import Progress
@@ -37,7 +38,7 @@ class Trained:
 
 
 def lr_factor(config: Config, progress: float) -> float:
-    """Factor on every learning rate at a progress of 0..1: 1, then linear to 0 over the last part, floored at min_lr."""
+    """Factor on learning rates at a progress of 0..1: 1, then linear to 0 over the last part, at least min_lr."""
     if config.warmdown_frac == 0:
         return 1.0
     return max(min(1.0, max(0.0, 1.0 - progress) / config.warmdown_frac), config.min_lr)
@@ -70,10 +71,14 @@ class Trainer:
             for _ in range(config.warmup_steps):
                 for _ in range(self.accumulation):
                     tokens = torch.randint(
-                        config.vocab_size, (rows, config.train_seq_len + 1), generator=generator, device=self.ranks.device
+                        config.vocab_size,
+                        (rows, config.train_seq_len + 1),
+                        generator=generator,
+                        device=self.ranks.device,
                     )
                     self._backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depth)
                 self.optimizer.step(0, 1.0)
+        collect_hessians(self.model, depth, [tokens[:, :-1]], self.ranks)  # calibration, too, is on the clock
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters(), weights, strict=True):
                 parameter.copy_(saved)
@@ -85,14 +90,14 @@ class Trainer:
     def _backward(self, tokens: Tensor, targets: Tensor, depth: tuple[int, ...]) -> Tensor:
         """Accumulate the gradient of one forward pass; returns its share of the step's loss, ()."""
         loss: Tensor = self._loss(tokens, targets, depth, self._rotary) / self.accumulation
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def train(self, validate: Callable[[int], Score]) -> Trained:
         """Train from the run's checkpoint, or from the start, to the end; the model is left with the EMA weights.
 
-        validate(step) scores the model as it stands after that many steps. Raises TrainingError where the loss is not finite, RecordError where the
-        checkpoint is of another configuration.
+        validate(step) scores the model as it stands after that many steps. Raises TrainingError where the loss is not
+        finite, RecordError where the checkpoint is of another configuration.
         """
         checkpoint = self._restore()
         step, finished = (checkpoint["step"], checkpoint["finished"]) if checkpoint else (0, False)
@@ -116,7 +121,7 @@ class Trainer:
             while True:
                 progress.report(self._finite(clock.collect()), clock)
                 begins = clock.at(step)
-                finished = step >= config.iterations or bool(self.cap) and begins + clock.step_seconds > self.cap
+                finished = step >= config.iterations or (bool(self.cap) and begins + clock.step_seconds > self.cap)
                 fresh = step > first or not resumed  # a checkpoint is taken after the validation of its step
                 if fresh and config.val_loss_every and (step % config.val_loss_every == 0 or finished):
                     progress.report(self._finite(clock.stop()), clock)

@@ -1,9 +1,8 @@
-"""The reference ops as torch.compile takes them: Inductor fuses the plain ones, attention goes to cuDNN or FlexAttention."""
+"""The ops under torch.compile: Inductor fuses the reference's; attention goes to cuDNN or FlexAttention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,40 +19,42 @@ def graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-@cache
-def _compiled_block_mask() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask, dynamic=False)
-
-
 def attention_mask(
-    starts: Tensor,  # (B, T) bool
-) -> BlockMask:
-    """Causal mask within documents as FlexAttention's blocks: blocks outside a document are skipped."""
+    starts: Tensor,  # (B, T) bool, True on the first token of a document
+) -> BlockMask | Tensor:
+    """Causal mask within documents. On a GPU as FlexAttention's blocks, so that blocks outside a document are skipped.
+
+    On a CPU it is the reference's: FlexAttention there is wrong within this graph (torch 2.13).
+    """
+    if not starts.is_cuda:
+        return reference.attention_mask(starts)
     document = starts.cumsum(1)
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document[b, query] == document[b, key])
 
     rows, length = starts.shape
-    return create_block_mask(visible, rows, None, length, length, device=str(starts.device), _compile=False)
+    return create_block_mask(visible, rows, None, length, length, device=starts.device.type)
 
 
 def attention(
     q: Tensor,  # (B, T, H, D)
     k: Tensor,  # (B, T, G, D)
     v: Tensor,  # (B, T, G, D)
-    mask: BlockMask | None = None,
+    mask: BlockMask | Tensor | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    """reference.attention through cuDNN (dense, on a GPU) or FlexAttention (document mask)."""
+    """reference.attention through cuDNN (dense) or FlexAttention (document mask) on a GPU."""
+    if not q.is_cuda:
+        assert not isinstance(mask, BlockMask)
+        return reference.attention(q, k, v, mask)
     heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if mask is not None:
+    if isinstance(mask, BlockMask):
         y = flex_attention(*heads, block_mask=mask, enable_gqa=True)
-    elif q.is_cuda:
+        assert isinstance(y, Tensor)
+    else:
         # Named alone, so that a shape or type that cuDNN cannot take is an error and not a slow kernel.
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-    else:
-        y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
     return reference.exclusive(y.transpose(1, 2), v)
 
 

@@ -1,6 +1,6 @@
 """Every op of the model in eager torch: the specification.
 
-What the CPU runs, what tests compare with, what the documentation cites. Tensors are (batch B, tokens T, ...); heads are
+What the CPU runs, what tests compare with, what the documentation cites. Tensors are (batch B, tokens T, ...), heads
 (B, T, heads, D). Every op keeps the dtype of its input and works in float64, float32, bfloat16 and float16.
 """
 
@@ -99,7 +99,7 @@ def qk_norm_rotary(
     cos: Tensor,  # (T, R/2)
     sin: Tensor,  # (T, R/2)
 ) -> tuple[Tensor, Tensor]:  # q (B, T, H, D), k (B, T, G, D)
-    """RMS norm of each head, rotary on its first R dimensions (pairs j, j + R/2), then the learned gain of q's heads."""
+    """RMS norm of each head, rotary on its first R dimensions (pairs j, j + R/2), then the gain of each head of q."""
     q, k = _rotate(rms_norm(q), cos, sin), _rotate(rms_norm(k), cos, sin)
     return q * gain.to(q.dtype)[:, None], k
 

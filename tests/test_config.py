@@ -10,9 +10,16 @@ from gpt.config import PRESETS, SEED_ONLY, Config, ConfigError, build_config, lo
 
 # The run command of pull request 1517, less its test-time training.
 SEED_COMMAND = {
-    "VOCAB_SIZE": "8192", "QK_GAIN_INIT": "5.25", "RECUR_LAYERS": "3,4,5", "RECUR_START_STEP": "2000",
-    "MUON_WD": "0.095", "EMA_DECAY": "0.9965", "WARMDOWN_FRAC": "0.72", "TTT_ENABLED": "0", "SEED": "1337",
-}  # fmt: skip
+    "VOCAB_SIZE": "8192",
+    "QK_GAIN_INIT": "5.25",
+    "RECUR_LAYERS": "3,4,5",
+    "RECUR_START_STEP": "2000",
+    "MUON_WD": "0.095",
+    "EMA_DECAY": "0.9965",
+    "WARMDOWN_FRAC": "0.72",
+    "TTT_ENABLED": "0",
+    "SEED": "1337",
+}
 
 
 def test_the_seeds_command_sets_the_seeds_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +49,7 @@ def test_presets_are_whole_frozen_and_survive_json(preset: str) -> None:
     assert config.preset == preset
     assert Config(**json.loads(json.dumps(config.model_dump(mode="json")))) == config
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 3  # type: ignore[misc]
+        config.seed = 3
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,9 @@ def test_contradictions_are_errors_that_name_the_setting(arguments: list[str], m
         load_config(arguments)
 
 
-def test_unknown_options_and_names_are_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_options_and_names_are_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         load_config(["--learning-rate", "3"])
     assert "--learning-rate" in capsys.readouterr().err
@@ -86,7 +95,7 @@ def test_unknown_options_and_names_are_errors(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="world size 5 does not divide the batch.*384 rows.*multiple of 5"):
+    with pytest.raises(ConfigError, match=r"world size 5 does not divide the batch.*384 rows.*multiple of 5"):
         build_config(preset="seed").accumulation(5)
 
 

@@ -62,9 +62,7 @@ def test_gptq_is_plain_gptq() -> None:
     plain = torch.stack([plain_gptq(w, h, s, 31) for w, h, s in zip(weight, hessian, scales, strict=True)])
     # Rounding differs where float32 and float64 fall on two sides of a tie, and the errors handed on after it.
     assert (codes != plain).float().mean() < 0.01
-    found, wanted = (
-        output_error(weight, c.float() * scales.float()[..., None], hessian) for c in (codes, plain)
-    )
+    found, wanted = (output_error(weight, c.float() * scales.float()[..., None], hessian) for c in (codes, plain))
     assert found == pytest.approx(wanted, rel=0.01)
 
 
@@ -237,7 +235,11 @@ def test_search_corrects_its_predictions(widened: float, brotli: float) -> None:
 
     clip, _, tensors, data = pack.fit(
         lambda clip: {"size": torch.tensor(widened * rough(clip) * (1 + 0.002 * clip))},
-        compressed, rough, lambda tensors: float(tensors["size"]), 9.5, 4000,  # type: ignore[arg-type]
+        compressed,
+        rough,
+        lambda tensors: float(tensors["size"]),  # type: ignore[arg-type]
+        9.5,
+        4000,
     )
     assert clip > 9.5
     assert 3700 < len(data) <= 4000

@@ -20,10 +20,19 @@ from tests.golden import GOLDEN, fill
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
 TINY: dict[str, Any] = {
-    "preset": "sample", "vocab_size": 64, "model_dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
-    "rope_dims": 4, "recur_layers": (1,), "train_seq_len": 16, "train_batch_tokens": 64, "micro_batch_tokens": 64,
+    "preset": "sample",
+    "vocab_size": 64,
+    "model_dim": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "rope_dims": 4,
+    "recur_layers": (1,),
+    "train_seq_len": 16,
+    "train_batch_tokens": 64,
+    "micro_batch_tokens": 64,
     "eval_stride": 8,
-}  # fmt: skip
+}
 
 
 def tiny_model(config: Config, seed: int = 0) -> GPT:

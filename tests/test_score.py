@@ -17,7 +17,8 @@ from tests.tiny import ALONE, CPU, Meeting, ThreadRanks, random_tokens, tiny_con
 
 VOCAB = 64
 TABLE = ByteTable(
-    torch.cat((torch.zeros(4), torch.arange(VOCAB - 4) % 5 + 1)).short(), torch.arange(VOCAB) % 3 == 0,
+    torch.cat((torch.zeros(4), torch.arange(VOCAB - 4) % 5 + 1)).short(),
+    torch.arange(VOCAB) % 3 == 0,
     torch.arange(VOCAB) < 4,
 )
 
@@ -72,7 +73,13 @@ def test_each_token_once_on_any_number_of_ranks(world_size: int, stride: int) ->
 
     def run(rank: int) -> Score:
         return score(
-            model, text, config.depth(True), ThreadRanks(rank, meeting), context=16, stride=stride, batch_tokens=48,
+            model,
+            text,
+            config.depth(True),
+            ThreadRanks(rank, meeting),
+            context=16,
+            stride=stride,
+            batch_tokens=48,
             losses=counting(shapes[rank]),  # type: ignore[arg-type]
         )
 

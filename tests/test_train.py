@@ -1,4 +1,4 @@
-"""The training program as a user runs it: on one process and two, killed and resumed, and with things that are wrong."""
+"""The training program as a user runs it: on one process and more, killed and resumed, and set up wrongly."""
 
 from __future__ import annotations
 
@@ -23,11 +23,25 @@ from gpt.data import open_shard, write_shard
 SAMPLE = ROOT / "data/sample"
 # A model small enough for a test, by the seed's own environment names.
 SMALL = {
-    "NUM_LAYERS": "4", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "RECUR_LAYERS": "1,2",
-    "RECUR_START_STEP": "3", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "768", "MICRO_BATCH_TOKENS": "384",
-    "VAL_BATCH_SIZE": "2048", "EVAL_STRIDE": "32", "ITERATIONS": "8", "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0",
-    "GPTQ_CALIBRATION_BATCHES": "3", "TRAIN_LOG_EVERY": "1", "VAL_LOSS_EVERY": "4", "CHECKPOINT_EVERY": "2",
-}  # fmt: skip
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "64",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "RECUR_LAYERS": "1,2",
+    "RECUR_START_STEP": "3",
+    "TRAIN_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "768",
+    "MICRO_BATCH_TOKENS": "384",
+    "VAL_BATCH_SIZE": "2048",
+    "EVAL_STRIDE": "32",
+    "ITERATIONS": "8",
+    "WARMUP_STEPS": "1",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "GPTQ_CALIBRATION_BATCHES": "3",
+    "TRAIN_LOG_EVERY": "1",
+    "VAL_LOSS_EVERY": "4",
+    "CHECKPOINT_EVERY": "2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +60,13 @@ def command(processes: int, arguments: tuple[str, ...]) -> list[str]:
     return [*launcher, str(ROOT / "train.py"), *arguments]
 
 
-def environ(**settings: str) -> dict[str, str]:
+def environ(settings: dict[str, str]) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **settings}
 
 
-def train(*arguments: str, processes: int = 1, **settings: str) -> subprocess.CompletedProcess[str]:
+def train(settings: dict[str, str], *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(processes, arguments), env=environ(**settings), capture_output=True, text=True, timeout=300, check=False
+        command(processes, arguments), env=environ(settings), capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -73,7 +87,7 @@ CURVE = ("step", "train_loss", "gradient_norm", "lr_factor", "layers", "val_loss
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An uninterrupted run's folder and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
-    done = train(**small(data, runs, "whole"))
+    done = train(small(data, runs, "whole"))
     assert done.returncode == 0, done.stdout + done.stderr
     return runs / "whole", done.stdout
 
@@ -82,8 +96,14 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
     run, printed = whole
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "model.pga", "summary.json"
-    }  # fmt: skip
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "curves.png",
+        "model.pga",
+        "summary.json",
+    }
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 8
     assert summary["depth"] == [0, 1, 2, 1, 2, 3]
@@ -92,13 +112,24 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
     assert len({score["bytes"] for score in scores.values()}) == 1
     assert abs(scores["artifact"]["bpb"] - scores["ema"]["bpb"]) < 0.05
     assert (run / "model.pga").stat().st_size == summary["artifact"]["nbytes"]
-    for text in ("BPB of EMA weights", "BPB of artifact, plain", "BPB of artifact, sliding 32", "16,000,000 bytes",
-                 "ms a step", "tokens/s", "attention             reference", "recur_layers                (1, 2)"):  # fmt: skip
+    for text in (
+        "BPB of EMA weights",
+        "BPB of artifact, plain",
+        "BPB of artifact, sliding 32",
+        "16,000,000 bytes",
+        "ms a step",
+        "tokens/s",
+        "attention             reference",
+        "recur_layers                (1, 2)",
+    ):
         assert text in printed
     assert json.loads((run / "config.json").read_text())["model_dim"] == 64
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] and environment["world_size"] == 1
-    assert [entry for entry in metrics(run, "step", "layers") if entry[1] > 0] == [(n, 4 if n <= 3 else 6) for n in range(1, 9)]
+    assert environment["packages"]["torch"]
+    assert environment["world_size"] == 1
+    assert [entry for entry in metrics(run, "step", "layers") if entry[1] > 0] == [
+        (n, 4 if n <= 3 else 6) for n in range(1, 9)
+    ]
     losses = [loss for (loss,) in metrics(run, "train_loss") if loss > 0]
     assert losses[-1] < losses[0] - 0.3
     assert load(run / "model.pga").depth == (0, 1, 2, 1, 2, 3)
@@ -107,10 +138,22 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
 def test_the_artifact_alone_scores_what_the_run_scored(whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
     run, _ = whole
     done = subprocess.run(
-        [sys.executable, str(ROOT / "quantize.py"), "score", str(run / "model.pga"), "--data-path", str(data),
-         "--json", str(tmp_path / "score.json")],
-        env=environ(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "quantize.py"),
+            "score",
+            str(run / "model.pga"),
+            "--data-path",
+            str(data),
+            "--json",
+            str(tmp_path / "score.json"),
+        ],
+        env=environ({}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     scores = json.loads((run / "summary.json").read_text())["scores"]
     for text in (f"{scores['artifact']['bpb']:.4f}", f"{scores['artifact_sliding']['bpb']:.4f}"):
@@ -118,10 +161,12 @@ def test_the_artifact_alone_scores_what_the_run_scored(whole: tuple[Path, str], 
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_more_processes_train_the_same_model(processes: int, whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
+def test_more_processes_train_the_same_model(
+    processes: int, whole: tuple[Path, str], data: Path, tmp_path: Path
+) -> None:
     """Two and three processes over gloo: 12 rows a step in all, one loss curve."""
     settings = small(data, tmp_path, "ranks", MICRO_BATCH_TOKENS=str(768 // processes))
-    done = train(processes=processes, **settings)
+    done = train(settings, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     for alone, together in zip(metrics(whole[0], *CURVE), metrics(tmp_path / "ranks", *CURVE), strict=True):
         assert together == pytest.approx(alone, rel=2e-5)
@@ -133,14 +178,23 @@ def test_more_processes_train_the_same_model(processes: int, whole: tuple[Path, 
 def test_the_seeds_own_command_runs(data: Path, tmp_path: Path) -> None:
     """The seed's names and stream with two processes through gloo; only size and text are the test's."""
     seed = {
-        "QK_GAIN_INIT": "5.25", "RECUR_LAYERS": "3,4,5", "RECUR_START_STEP": "2", "MUON_WD": "0.095",
-        "EMA_DECAY": "0.9965", "WARMDOWN_FRAC": "0.72", "TTT_ENABLED": "0", "SEED": "1337",
-    }  # fmt: skip
+        "QK_GAIN_INIT": "5.25",
+        "RECUR_LAYERS": "3,4,5",
+        "RECUR_START_STEP": "2",
+        "MUON_WD": "0.095",
+        "EMA_DECAY": "0.9965",
+        "WARMDOWN_FRAC": "0.72",
+        "TTT_ENABLED": "0",
+        "SEED": "1337",
+    }
     size = {**SMALL, "VOCAB_SIZE": "1024", "NUM_LAYERS": "11", "ITERATIONS": "3", "MAX_WALLCLOCK_SECONDS": "300"}
     place = {
-        "DATA_PATH": str(data), "TOKENIZER_PATH": str(SAMPLE / "tokenizer.model"), "RUNS_PATH": str(tmp_path), "RUN_ID": "seed",
-    }  # fmt: skip
-    done = train(processes=2, **{**size, **place, **seed})
+        "DATA_PATH": str(data),
+        "TOKENIZER_PATH": str(SAMPLE / "tokenizer.model"),
+        "RUNS_PATH": str(tmp_path),
+        "RUN_ID": "seed",
+    }
+    done = train({**size, **place, **seed}, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     config = json.loads((tmp_path / "seed/config.json").read_text())
     assert (config["preset"], config["train_order"], config["document_mask"]) == ("seed", "sequential", False)
@@ -153,9 +207,11 @@ def test_killed_at_any_moment_it_resumes_to_the_same_curve(whole: tuple[Path, st
     run = tmp_path / "killed"
     for number, arguments in ((3, ()), (6, ("--resume", str(run)))):
         process = subprocess.Popen(
-            command(1, arguments), env=environ(**(settings if not arguments else {})),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command(1, arguments),
+            env=environ(settings if not arguments else {}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 200
         log = run / "metrics.jsonl"
         while not (log.exists() and f'"step": {number}, "train_loss"' in log.read_text()):
@@ -166,7 +222,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_curve(whole: tuple[Path, st
         process.wait()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "train_lo')  # what a kill may leave
-    done = train("--resume", str(run))
+    done = train({}, "--resume", str(run))
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics(run, *CURVE) == metrics(whole[0], *CURVE)
     one, other = (json.loads((path / "summary.json").read_text()) for path in (whole[0], run))
@@ -176,10 +232,17 @@ def test_killed_at_any_moment_it_resumes_to_the_same_curve(whole: tuple[Path, st
 
 def test_a_time_cap_ends_the_run_and_its_schedule(data: Path, tmp_path: Path) -> None:
     settings = small(
-        data, tmp_path, "timed", ITERATIONS="100000", MAX_WALLCLOCK_SECONDS="4", GPTQ_RESERVE_SECONDS="1", VAL_LOSS_EVERY="0",
-        WARMDOWN_FRAC="0.5", CHECKPOINT_EVERY="0",
-    )  # fmt: skip
-    done = train(**settings)
+        data,
+        tmp_path,
+        "timed",
+        ITERATIONS="100000",
+        MAX_WALLCLOCK_SECONDS="4",
+        GPTQ_RESERVE_SECONDS="1",
+        VAL_LOSS_EVERY="0",
+        WARMDOWN_FRAC="0.5",
+        CHECKPOINT_EVERY="0",
+    )
+    done = train(settings)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "timed/summary.json").read_text())
     assert 2.0 < summary["seconds"] <= 3.05
@@ -201,11 +264,15 @@ def test_a_time_cap_ends_the_run_and_its_schedule(data: Path, tmp_path: Path) ->
         ({"RUN_ID": "taken"}, "RecordError: run folder .*taken exists"),
         ({"DEVICE": "cuda"}, "ConfigError: device=cuda"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_in_one_line(
-    change: dict[str, str], message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, str],
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     import torch
 
     from train import main
@@ -222,16 +289,19 @@ def test_what_is_wrong_is_said_in_one_line(
 
 
 def test_two_processes_refuse_a_batch_that_does_not_divide(data: Path, tmp_path: Path) -> None:
-    done = train(processes=2, **small(data, tmp_path, "odd", TRAIN_BATCH_TOKENS="192", MICRO_BATCH_TOKENS="64"))
+    done = train(small(data, tmp_path, "odd", TRAIN_BATCH_TOKENS="192", MICRO_BATCH_TOKENS="64"), processes=2)
     assert done.returncode != 0
     assert "world size 2 does not divide the batch" in done.stderr
 
 
 def test_a_run_is_resumed_only_as_it_was(whole: tuple[Path, str], tmp_path: Path) -> None:
-    assert "ConfigError: --resume takes the run's own configuration" in train("--resume", str(whole[0]), "--seed", "1").stderr
-    assert f"RecordError: {tmp_path} is not a run's folder" in train("--resume", str(tmp_path)).stderr
+    assert (
+        "ConfigError: --resume takes the run's own configuration"
+        in train({}, "--resume", str(whole[0]), "--seed", "1").stderr
+    )
+    assert f"RecordError: {tmp_path} is not a run's folder" in train({}, "--resume", str(tmp_path)).stderr
     damaged = tmp_path / "damaged"
     shutil.copytree(whole[0], damaged)
     content = bytearray((damaged / "checkpoint.pt").read_bytes())
     (damaged / "checkpoint.pt").write_bytes(bytes(content[: len(content) // 2]))
-    assert "cannot be read as a checkpoint" in train("--resume", str(damaged)).stderr
+    assert "cannot be read as a checkpoint" in train({}, "--resume", str(damaged)).stderr

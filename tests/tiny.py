@@ -20,11 +20,25 @@ ALONE = Ranks(0, 1, CPU)
 
 
 def tiny_config(**settings: Any) -> Config:
-    return build_config(**{
-        "preset": "sample", "vocab_size": 64, "num_layers": 3, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
-        "rope_dims": 4, "mlp_mult": 2, "recur_layers": (1,), "train_seq_len": 16, "train_batch_tokens": 64,
-        "micro_batch_tokens": 64, "val_batch_size": 64, "eval_stride": 4, **settings,
-    })
+    return build_config(
+        **{
+            "preset": "sample",
+            "vocab_size": 64,
+            "num_layers": 3,
+            "model_dim": 32,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "rope_dims": 4,
+            "mlp_mult": 2,
+            "recur_layers": (1,),
+            "train_seq_len": 16,
+            "train_batch_tokens": 64,
+            "micro_batch_tokens": 64,
+            "val_batch_size": 64,
+            "eval_stride": 4,
+            **settings,
+        }
+    )
 
 
 def tiny_model(config: Config, dtype: torch.dtype = torch.float32) -> GPT:

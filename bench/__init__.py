@@ -1,0 +1,1 @@
+"""Measurements, kept as data in bench/results and drawn from there."""
