@@ -2,8 +2,8 @@
 
     python -m bench.runs RUN...      folders of one preset and GPU, one a seed
 
-Writes bench/results/run-<preset>-<gpu>.json. Where bench/results has the seed script's run of the same preset, prints both side by side and draws both loss curves into
-bench/results/run-<preset>-<gpu>.png.
+Writes bench/results/run-<preset>-<gpu>.json and a picture of the loss curves. Where bench/results has the seed script's
+run of the same preset, prints both side by side and draws both.
 """
 
 from __future__ import annotations

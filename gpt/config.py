@@ -103,7 +103,7 @@ class Config(BaseModel):
     """Most steps. Progress is the larger of step/iterations and seconds/cap."""
     max_wallclock_seconds: float = Field(595.0, ge=0)
     """Cap on training time, calibration for the quantiser included; 0 for none."""
-    gptq_reserve_seconds: float = Field(8.0, ge=0)
+    gptq_reserve_seconds: float = Field(6.0, ge=0)
     """Part of the cap kept for reading calibration data."""
     warmup_steps: int = Field(20, ge=0)
     """Steps before the clock starts, on random tokens, at each depth; weights and optimizer are restored."""
@@ -137,7 +137,7 @@ class Config(BaseModel):
     matrix_clip_sigmas: float = Field(9.5, gt=0)
     """Scale of a row = clip_sigmas * std(row) / 31. Raised by the packer until the artifact fits."""
     embed_clip_sigmas: float = Field(20.0, gt=0)
-    gptq_calibration_batches: int = Field(64, ge=1)
+    gptq_calibration_batches: int = Field(32, ge=1)
     """Batches of micro_batch_tokens of training data behind the Hessians, all ranks together."""
 
     # Scoring.
