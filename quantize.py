@@ -1,10 +1,11 @@
-"""Scores a quantised artifact, or lets it write.
+"""Scores an artifact, lets it write, or makes another one from a finished run.
 
     python quantize.py score ARTIFACT             BPB of its model on the validation shards, plain and sliding
     python quantize.py sample ARTIFACT --prompt "Once upon a time"
+    python quantize.py pack RUN --clip-sigmas 13  quantise the run's EMA weights again
 
-Both need the artifact, its tokenizer and, for scoring, the shards; nothing else of the run that made it. Under torchrun
-the ranks share the scoring.
+score and sample need the artifact, its tokenizer and, for scoring, the shards; nothing else of the run that made it.
+Under torchrun the ranks share the scoring.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from gpt.artifact import Artifact, ArtifactError, count_code, load
 from gpt.config import ARTIFACT_LIMIT, PRESETS, ROOT, ConfigError
-from gpt.data import DataError, load_validation
+from gpt.data import DataError, calibration_batches, load_validation
 from gpt.distributed import Ranks, distributed
 from gpt.generate import generate, stream_text
-from gpt.record import write_atomic
+from gpt.gptq import QuantisationError
+from gpt.model import GPT
+from gpt.pack import pack
+from gpt.record import RecordError, Run, write_atomic
 from gpt.score import Score, score, validation_text
 from gpt.tokenizer import Tokenizer
 from kernels import KernelError, select
@@ -49,10 +51,6 @@ def open_tokenizer(path: Path | None, artifact: Artifact) -> Tokenizer:
     return tokenizer
 
 
-def activations(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
@@ -65,7 +63,7 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
     if max(strides.values()) > context:
         raise ConfigError(f"stride {max(strides.values())}, context {context}: wanted stride <= context")
 
-    model = artifact.model(ops, ranks.device, activations(ranks.device))
+    model = artifact.model(ops, ranks.device, ranks.dtype)
     tokens = load_validation(data_path, config.vocab_size)
     text = validation_text(tokens, tokenizer.byte_table(), ranks.device)
     scores = {
@@ -120,7 +118,7 @@ def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
     # Every token lengthens the context: compiled kernels would be compiled for each length.
-    model = artifact.model(select("reference", ranks.device), ranks.device, activations(ranks.device))
+    model = artifact.model(select("reference", ranks.device), ranks.device, ranks.dtype)
     prompt = tokenizer.encode(arguments.prompt)
     tokens = generate(
         model,
@@ -138,6 +136,31 @@ def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
     print()
 
 
+def pack_run(arguments: Namespace, ranks: Ranks) -> None:
+    run = Run.open(arguments.path, ranks)
+    state = run.load_checkpoint()
+    if state is None or not state["finished"]:
+        raise RecordError(f"{run.path} has not finished training; wanted a finished run: train.py --resume {run.path}")
+    config = run.config
+    if arguments.clip_sigmas:
+        config = config.model_copy(update={"matrix_clip_sigmas": arguments.clip_sigmas})
+    tokenizer = Tokenizer(config.tokenizer_path)
+    tokenizer.require(config.vocab_size)
+    model = GPT(config, select(arguments.kernels, ranks.device), ranks.dtype)
+    model.load_state_dict(state["optimizer"]["ema"])
+    packed = pack(
+        model.to(ranks.device),
+        config.depth_at(max(state["step"] - 1, 0)),
+        tokenizer.sha256,
+        calibration_batches(config, config.gptq_calibration_batches, ranks.rank, ranks.world_size, ranks.device),
+        arguments.out or run.path / "repacked.pga",
+        ranks,
+        count_code(ROOT),
+    )
+    if ranks.main:
+        print(f"{packed.table()}\n{packed.path}  sha256 {packed.sha256}")
+
+
 def parse(arguments: list[str]) -> Namespace:
     def number(kind: type[float], low: float, high: float = float("inf")):  # type: ignore[no-untyped-def]
         def read(text: str) -> float:
@@ -151,10 +174,11 @@ def parse(arguments: list[str]) -> Namespace:
 
     parser = ArgumentParser("quantize.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
-    common = ArgumentParser(add_help=False)
+    machine = ArgumentParser(add_help=False)
+    machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    common = ArgumentParser(add_help=False, parents=[machine])
     common.add_argument("artifact", type=Path)
     common.add_argument("--tokenizer-path", type=Path, help="default: the sample's, if it is the artifact's")
-    common.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
     command = commands.add_parser("score", parents=[common], help="bits per byte on the validation shards")
     command.set_defaults(run=score_artifact)
@@ -179,6 +203,13 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token")
     command.add_argument("--top-p", type=number(float, 0, 1), default=0.95, help="share of probability drawn from")
     command.add_argument("--seed", type=number(int, 0), default=0)
+
+    command = commands.add_parser("pack", parents=[machine], help="quantise a finished run's EMA weights again")
+    command.set_defaults(run=pack_run)
+    command.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
+    command.add_argument("--clip-sigmas", type=number(float, 0.1), help="start of the search; default: the run's")
+    command.add_argument("--out", type=Path, help="file to write; default: RUN/repacked.pga")
+    command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
     return parser.parse_args(arguments)
 
 
@@ -187,7 +218,7 @@ def main() -> None:
     try:
         with distributed(arguments.device) as ranks:
             arguments.run(arguments, ranks)
-    except (ArtifactError, ConfigError, DataError, KernelError) as error:
+    except (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError) as error:
         sys.exit(f"quantize.py: {error}")
 
 

@@ -11,8 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from gpt.artifact import ArtifactError, count_code, load
 from gpt.config import ROOT, ConfigError, load_config
 from gpt.data import DataError, Tokenizer, calibration_batches, load_validation
@@ -63,8 +61,7 @@ def run_job(run: Run, ranks: Ranks) -> None:
             model, text, depth, ranks, context=config.context, stride=stride, batch_tokens=config.val_batch_size
         )
 
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    model = GPT(config, ops, dtype).initialise(config.seed).to(ranks.device)
+    model = GPT(config, ops, ranks.dtype).initialise(config.seed).to(ranks.device)
     trainer = Trainer(model, config, run, ranks, text.lengths.float().mean().item())
     warmup_seconds = trainer.warm_up()
     trained = trainer.train(validate=lambda step: scored(model, config.depth_at(step), config.context))
@@ -75,7 +72,7 @@ def run_job(run: Run, ranks: Ranks) -> None:
     packed = pack(model, trained.depth, tokenizer.sha256, batches, path, ranks, count_code(ROOT))
 
     artifact = load(path)  # from here on only what was read back
-    restored = artifact.model(ops, ranks.device, dtype)
+    restored = artifact.model(ops, ranks.device, ranks.dtype)
     plain = scored(restored, artifact.depth, config.context)
     sliding = scored(restored, artifact.depth, config.eval_stride)
 

@@ -25,6 +25,11 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and products: bfloat16 on a GPU, float32 on a CPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

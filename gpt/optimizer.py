@@ -170,7 +170,7 @@ class Optimizer:
                 whole = whole.new_empty(bank.share * self.ranks.world_size, *whole.shape[1:])
                 dist.all_gather_into_tensor(whole, bank.momentum)
             momentum.append(whole[: bank.count])
-        return {"momentum": momentum, "adamw": self.adamw.state_dict(), "ema": self.ema}
+        return {"momentum": momentum, "adamw": self.adamw.state_dict(), "ema": self.ema_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,8 +180,8 @@ class Optimizer:
             bank.momentum.zero_()
             bank.momentum[: mine.size(0)].copy_(mine)
         self.adamw.load_state_dict(state["adamw"])
-        for ema, saved in zip(self.ema, state["ema"], strict=True):
-            ema.copy_(saved)
+        for name, ema in self.ema_state().items():
+            ema.copy_(state["ema"][name])
 
     @torch.no_grad()
     def reset(self) -> None:

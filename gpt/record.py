@@ -98,13 +98,17 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, path: Path, ranks: Ranks) -> Run:
+    def open(cls, path: Path, ranks: Ranks) -> Run:
         """The run at `path`, with its configuration. Raises RecordError where that is not a run's folder."""
         try:
-            settings = json.loads((path / "config.json").read_text())
+            return cls(path, Config(**json.loads((path / "config.json").read_text())), ranks)
         except (OSError, ValueError) as error:
             raise RecordError(f"{path} is not a run's folder: {error}") from None
-        run = cls(path, Config(**settings), ranks)
+
+    @classmethod
+    def resume(cls, path: Path, ranks: Ranks) -> Run:
+        """`open` for a run that is to go on: notes on what, beside the environment that it began in."""
+        run = cls.open(path, ranks)
         if ranks.main:
             with (path / "resumed.jsonl").open("a") as file:
                 file.write(json.dumps(environment(ranks)) + "\n")

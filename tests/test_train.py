@@ -294,6 +294,27 @@ def test_two_processes_refuse_a_batch_that_does_not_divide(data: Path, tmp_path:
     assert "world size 2 does not divide the batch" in done.stderr
 
 
+def test_a_finished_run_is_packed_again(whole: tuple[Path, str], tmp_path: Path) -> None:
+    """Once to the same bytes, once coarser."""
+    sizes = []
+    for arguments in ((), ("--clip-sigmas", "20")):
+        out = tmp_path / "again.pga"
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "quantize.py"), "pack", str(whole[0]), "--out", str(out), *arguments],
+            env=environ({}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert load(out).sha256 in done.stdout
+        sizes.append(out.stat().st_size)
+        if not arguments:
+            assert out.read_bytes() == (whole[0] / "model.pga").read_bytes()
+    assert sizes[1] < 0.95 * sizes[0]
+
+
 def test_a_run_is_resumed_only_as_it_was(whole: tuple[Path, str], tmp_path: Path) -> None:
     assert (
         "ConfigError: --resume takes the run's own configuration"
