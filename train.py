@@ -64,7 +64,7 @@ def run_job(run: Run, ranks: Ranks) -> None:
     model = GPT(config, ops, ranks.dtype).initialise(config.seed).to(ranks.device)
     trainer = Trainer(model, config, run, ranks, text.lengths.float().mean().item())
     warmup_seconds = trainer.warm_up()
-    trained = trainer.train(validate=lambda step: scored(model, config.depth_at(step), config.context))
+    trained = trainer.train(validate=lambda depth: scored(model, depth, config.context))
     ema = scored(model, trained.depth, config.context)
 
     path = run.path / "model.pga"

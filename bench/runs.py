@@ -119,7 +119,7 @@ def draw(ours: dict[str, Any], seed: dict[str, Any] | None, path: Path) -> None:
     loss, bpb = figure.subplots(1, 2)
     for result, style, color in ((ours, "-", "#4477aa"), (seed, "o", "#cc3311")):
         for row in result["rows"] if result else ():
-            label = f"{result['impl']}, seed {row['seed']}" if result else ""
+            label = f"ours, seed {row['seed']}" if result is ours else "the seed's script"
             for axis, key in ((loss, "train_loss"), (bpb, "val_bpb")):
                 points = sorted((int(step), value) for step, value in row[key].items() if int(step) >= 100)
                 axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, linewidth=1, label=label)

@@ -93,11 +93,11 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
-    def train(self, validate: Callable[[int], Score]) -> Trained:
+    def train(self, validate: Callable[[tuple[int, ...]], Score]) -> Trained:
         """Train from the run's checkpoint, or from the start, to the end; the model is left with the EMA weights.
 
-        validate(step) scores the model as it stands after that many steps. Raises TrainingError where the loss is not
-        finite, RecordError where the checkpoint is of another configuration.
+        validate(depth) scores the model as it stands, with the layers of its last step. Raises TrainingError where the
+        loss is not finite, RecordError where the checkpoint is of another configuration.
         """
         checkpoint = self._restore()
         step, finished = (checkpoint["step"], checkpoint["finished"]) if checkpoint else (0, False)
@@ -108,9 +108,11 @@ class Trainer:
             self._save(step, clock.elapsed, train_loss, finished=True)
         self.model.load_state_dict(self.optimizer.ema_state())
         self.run.draw_curves()
-        return Trained(step, clock.elapsed, train_loss, self.config.depth_at(max(step - 1, 0)))
+        return Trained(step, clock.elapsed, train_loss, self._last_depth(step))
 
-    def _loop(self, clock: Clock, step: int, resumed: bool, validate: Callable[[int], Score]) -> tuple[int, float]:
+    def _loop(
+        self, clock: Clock, step: int, resumed: bool, validate: Callable[[tuple[int, ...]], Score]
+    ) -> tuple[int, float]:
         """Steps from `step` on; returns how many are done in all and the last one's loss."""
         config, first = self.config, step
         with (
@@ -125,7 +127,7 @@ class Trainer:
                 fresh = step > first or not resumed  # a checkpoint is taken after the validation of its step
                 if fresh and config.val_loss_every and (step % config.val_loss_every == 0 or finished):
                     progress.report(self._finite(clock.stop()), clock)
-                    progress.validated(step, validate(step))
+                    progress.validated(step, validate(self._last_depth(step)))
                     clock.start()
                 if finished:
                     progress.report(self._finite(clock.stop()), clock)
@@ -141,6 +143,10 @@ class Trainer:
                 clock.push(step, launched, torch.stack(losses).sum(), norm)
                 progress.launched(step, factor, depth)
                 step += 1
+
+    def _last_depth(self, steps: int) -> tuple[int, ...]:
+        """Layers of the last of so many steps."""
+        return self.config.depth_at(max(steps - 1, 0))
 
     def _finite(self, reports: list[StepReport]) -> list[StepReport]:
         for report in reports:

@@ -194,7 +194,6 @@ def test_compiled_graph_on_a_gpu_is_as_near_float64_as_the_reference(document_ma
     x, y, depth = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), config.depth(True)
 
     def run(kernels: str, dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
-        torch.manual_seed(0)
         model = GPT(config, select(kernels, device), dtype).initialise(3)
         with torch.no_grad():
             model.tok_emb.mul_(20)
@@ -214,7 +213,13 @@ def test_compiled_graph_on_a_gpu_is_as_near_float64_as_the_reference(document_ma
         name: tuple(((g - wanted).norm() / wanted.norm()).item() for g in (ours, theirs))
         for name, wanted, ours, theirs in zip(names, exact_gradients, gradients, plain_gradients, strict=True)
     }
-    assert all(error <= 1.2 * peer + 1e-3 for error, peer in errors.values()), errors
+    total, peer_total = (
+        sum((g - wanted).square().sum() for g, wanted in zip(found, exact_gradients, strict=True)) ** 0.5
+        for found in (gradients, plain_gradients)
+    )
+    assert total <= 1.1 * peer_total
+    # One vector of a few hundred numbers is a small sample of rounding errors: the bound is wide for each alone.
+    assert {name: pair for name, pair in errors.items() if pair[0] > 3 * pair[1] + 1e-3} == {}
 
 
 def test_orthogonal_banks() -> None:

@@ -1,0 +1,56 @@
+"""The README's measured figures are those of bench/results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bench.runs import compare, short_name
+from gpt.config import PRESETS, ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def rows(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((ROOT / "bench/results" / name).read_text())
+    return result
+
+
+def test_measured_figures_are_the_data() -> None:
+    ours, seed = rows("run-one-gpu-h100.json"), rows("seed-script-h100.json")
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]]
+        for line in README.splitlines()
+        if line.count("|") == 4
+    }
+    for column, row in enumerate((ours["rows"][0], seed["rows"][0])):
+        by_layers = " / ".join(f"{row['ms_per_step_by_layers'][layers]:.1f}" for layers in ("11", "14"))
+        expected = {
+            "ms a step, 11 layers / 14 layers": by_layers,
+            "steps": f"{row['steps']:,}",
+            "BPB of EMA weights": f"{row['bpb']['ema']:.4f}",
+            "BPB of artifact, plain": f"{row['bpb']['artifact']:.4f}",
+            "BPB of artifact, sliding 64": f"{row['bpb']['artifact_sliding']:.4f}",
+            "artifact + code, bytes": f"{row['artifact_bytes'] + row['code_bytes']:,}",
+            "sliding evaluation, s": f"{row['sliding_seconds']:.1f}",
+        }
+        for name, figure in expected.items():
+            assert cells[name][column] == figure
+    differences = [
+        abs(ours["rows"][0]["train_loss"][step] - loss) for step, loss in seed["rows"][0]["train_loss"].items()
+    ]
+    assert len(differences) == 8
+    assert max(differences) < 0.011
+    assert "train loss at step 2000" in compare(ours, seed)
+
+
+def test_presets_and_unigram_entropy_are_named() -> None:
+    assert all(f"| `{preset}` |" in README for preset in PRESETS)
+    assert "3.2557 bits per" in (ROOT / "data/sample/README.md").read_text()
+    assert "3.2557 bits per" in README
+
+
+def test_gpus_have_short_names() -> None:
+    assert short_name("NVIDIA H100 80GB HBM3") == "h100"
+    assert short_name("NVIDIA GeForce RTX 4090") == "rtx4090"
+    assert short_name("x86_64 CPU, 2 threads") == "cpu"
