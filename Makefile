@@ -16,6 +16,7 @@ train: $(VENV)/ready
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

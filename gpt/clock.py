@@ -70,8 +70,10 @@ class Clock:
             self._pending.append((step, stats, None))
 
     def collect(self, in_flight: int = IN_FLIGHT - 1) -> list[StepReport]:
-        """Reports of finished steps; waits until at most `in_flight` are unfinished."""
+        """Reports of finished steps; waits until at most `in_flight` are unfinished. On a CPU all are finished."""
         reports = []
+        if self.ranks.device.type == "cpu":
+            in_flight = 0
         while len(self._pending) > in_flight:
             step, stats, event = self._pending.popleft()
             if event is not None:
@@ -91,9 +93,11 @@ class Clock:
 
     def at(self, step: int) -> float:
         """Training seconds at which the device begins `step`, as all ranks reckon it."""
+        # A step is launched on a GPU while the one before still runs.
+        behind = (IN_FLIGHT - 1) * self.step_seconds if self.ranks.device.type == "cuda" else 0.0
+        if self.ranks.world_size == 1:
+            return self.elapsed + behind
         if not self._launches:
             return self._before
         last, launched = self._launches[-1]
-        # A step is launched on a GPU while the one before still runs.
-        behind = IN_FLIGHT - 1 if self.ranks.device.type == "cuda" else 0
-        return launched + (step - last + behind) * self.step_seconds
+        return launched + (step - last) * self.step_seconds + behind

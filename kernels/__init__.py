@@ -59,11 +59,17 @@ _OPS = tuple(field.name for field in fields(Ops) if field.name not in ("graph", 
 _PAIRED = {"attention": "attention_mask"}
 
 # Implementations of each base. Ops that `compiled` does not name are the reference inside the compiled graph.
-IMPLEMENTATIONS: dict[str, dict[str, Op]] = {
-    "reference": {op: getattr(reference, op) for op in _OPS},
-    "compiled": {op: getattr(compiled, op, getattr(reference, op)) for op in _OPS},
-    "triton": {},
+IMPLEMENTATIONS: dict[str, Callable[[], dict[str, Op]]] = {
+    "reference": lambda: {op: getattr(reference, op) for op in _OPS},
+    "compiled": lambda: {op: getattr(compiled, op, getattr(reference, op)) for op in _OPS},
+    "triton": lambda: _triton(),
 }
+
+
+def _triton() -> dict[str, Op]:
+    from kernels import attention  # here, so that what needs no GPU needs no Triton
+
+    return {"attention": attention.attention, "attention_mask": attention.document_starts}
 
 
 def select(choice: str, device: torch.device) -> Ops:
@@ -86,12 +92,15 @@ def select(choice: str, device: torch.device) -> Ops:
     for implementation in chosen.values():
         if implementation not in IMPLEMENTATIONS:
             raise KernelError(f"kernels={choice}: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    missing = [op for op, implementation in chosen.items() if op not in IMPLEMENTATIONS[implementation]]
+    if "triton" in chosen.values() and device.type != "cuda":
+        raise KernelError(f"kernels={choice}: Triton kernels run on a GPU; found device {device.type}")
+    tables = {implementation: IMPLEMENTATIONS[implementation]() for implementation in set(chosen.values())}
+    missing = [op for op, implementation in chosen.items() if op not in tables[implementation]]
     if missing:
         raise KernelError(
             f"kernels={choice}: no {chosen[missing[0]]} implementation of {', '.join(missing)}; name another for each, "
-            f"for example kernels=compiled"
+            f"for example kernels=compiled,attention=triton"
         )
-    table = {op: IMPLEMENTATIONS[implementation][op] for op, implementation in chosen.items()}
+    table = {op: tables[implementation][op] for op, implementation in chosen.items()}
     eager = base == "reference"
     return Ops(**table, graph=(lambda function: function) if eager else compiled.graph, names=chosen)

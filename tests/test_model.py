@@ -263,8 +263,11 @@ def test_int6_linear_is_the_product_with_the_dequantised_matrix() -> None:
 
 
 def test_an_explicit_choice_of_kernels_never_falls_back() -> None:
-    with pytest.raises(KernelError, match="no triton implementation of"):
-        select("triton", CPU)
+    with pytest.raises(KernelError, match="no triton implementation of rms_norm"):
+        select("triton", torch.device("cuda"))
+    with pytest.raises(KernelError, match="Triton kernels run on a GPU; found device cpu"):
+        select("compiled,attention=triton", CPU)
+    assert select("compiled,attention=triton", torch.device("cuda")).names["attention"] == "triton"
     with pytest.raises(KernelError, match=r"'cuda'.*reference, compiled, triton"):
         select("cuda", CPU)
     with pytest.raises(KernelError, match="no op 'nope'"):

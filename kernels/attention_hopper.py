@@ -1,0 +1,661 @@
+"""The kernels of `attention.py` for Hopper (compute capability 9.0): Gluon, warp-specialised, TMA and wgmma.
+
+Both directions are persistent: each program claims tiles from a counter until none is left. One producer warp claims
+and copies; the other warpgroups compute, and overlap because each is at another point of its own work.
+
+Forward: a team is a producer and two consumer warpgroups, each with 64 query rows of one head (of two heads of one KV
+group where the group is even). p V of one key tile and the scores of the next are issued together. For D = 64 two teams
+share a processor, so that one computes while the other starts or ends a tile.
+
+Backward: a program owns 128 keys of one KV head and walks the query tiles of its group's heads. Each of two consumer
+warpgroups owns 64 keys: scores and dP are transposed, so that p and dS feed the products for grad_v and grad_k from
+registers. A third takes dS through shared memory and adds dS K to a float32 buffer of grad_q with vector reductions,
+whose order is not fixed. Five products a tile pair; the deterministic path of `attention.py` needs seven.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
+NORM_FLOOR = gl.constexpr(1e-12)
+
+
+@gluon.jit
+def publish(s_tile, tile_full, tile_empty, turn, high, low, more, most):
+    """Producer: hand the next tile to the other partitions, as four integers."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot = turn % 2
+    mbarrier.wait(tile_empty.index(slot), ((turn // 2) & 1) ^ 1)
+    s_tile.index(slot * 2).store(gl.full([1], (high.to(gl.int64) << 32) | low, gl.int64, layout))
+    s_tile.index(slot * 2 + 1).store(gl.full([1], (most.to(gl.int64) << 32) | more, gl.int64, layout))
+    mbarrier.arrive(tile_full.index(slot), count=1)
+
+
+@gluon.jit
+def receive(s_tile, tile_full, tile_empty, turn):
+    """The four integers of the next tile."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    slot = turn % 2
+    mbarrier.wait(tile_full.index(slot), (turn // 2) & 1)
+    first = gl.max(s_tile.index(slot * 2).load(layout), 0)
+    second = gl.max(s_tile.index(slot * 2 + 1).load(layout), 0)
+    mbarrier.arrive(tile_empty.index(slot), count=1)
+    return (first >> 32).to(gl.int32), first.to(gl.int32), second.to(gl.int32), (second >> 32).to(gl.int32)
+
+
+@gluon.jit
+def attention_fwd_produce(
+    d_q, d_k, d_v, d_own, d_starts, document_starts, counter, buffers, barriers, T, H, heads, chunk, tiles,
+    TEAM: gl.constexpr, TEAMS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """Take tiles from the shared counter, longest rows first within a chunk of heads, whose keys and values stay in the
+    L2 cache; tell the consumers the batch (-1 after the last tile), first head, first row and first key tile; copy."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, own_full, own_empty, tile_full, tile_empty = barriers
+    s_q, s_own, s_k, s_v, _s_out, s_starts, s_tile = buffers
+    TILE_M: gl.constexpr = ROWS * CONSUMERS // HEADS
+    step = 0
+    turn = 0
+    tiles_m = gl.cdiv(T, TILE_M)
+    tile = gl.program_id(0) * TEAMS + TEAM
+    while tile < tiles:
+        first = (tile // (chunk * tiles_m)) * chunk
+        width = gl.minimum(chunk, heads // HEADS - first)
+        rest = tile % (chunk * tiles_m)
+        head = (first + rest % width) * HEADS
+        batch = head // H
+        head = head % H
+        m_first = (tiles_m - 1 - rest // width) * TILE_M
+        start = 0
+        if DOCUMENTS:
+            start = gl.load(document_starts + batch.to(gl.int64) * T + m_first) // BLOCK_N
+        publish(s_tile, tile_full, tile_empty, turn, batch, head, m_first, start)
+        end = gl.cdiv(gl.minimum(m_first + TILE_M, T), BLOCK_N)
+        kv_head = head // GROUP
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, CONSUMERS * ROWS * D * 2 + (TILE_M * 4 if DOCUMENTS else 0))
+        if DOCUMENTS:
+            for i in gl.static_range(TILE_M // ROWS):
+                tma.async_copy_global_to_shared(d_starts, [batch * T + m_first + i * ROWS], q_full, s_starts.index(i))
+        for i in gl.static_range(CONSUMERS):
+            tma.async_copy_global_to_shared(
+                d_q, [batch, m_first + (i // HEADS) * ROWS, head + i % HEADS, 0], q_full, s_q.index(i)
+            )
+        for n in range(end - 1, start - 1, -1):
+            stage = step % STAGES
+            phase = ((step // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)
+            tma.async_copy_global_to_shared(
+                d_k, [batch, n * BLOCK_N, kv_head, 0], k_full.index(stage), s_k.index(stage)
+            )
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), BLOCK_N * D * 2)
+            tma.async_copy_global_to_shared(
+                d_v, [batch, n * BLOCK_N, kv_head, 0], v_full.index(stage), s_v.index(stage)
+            )
+            step += 1
+        # The queries' own values, for XSA.
+        mbarrier.wait(own_empty, (turn & 1) ^ 1)
+        mbarrier.expect(own_full, CONSUMERS // HEADS * ROWS * D * 2)
+        for i in gl.static_range(CONSUMERS // HEADS):
+            tma.async_copy_global_to_shared(d_own, [batch, m_first + i * ROWS, kv_head, 0], own_full, s_own.index(i))
+        turn += 1
+        # Claimed only now, so that no program holds a tile that an idle one could take.
+        tile = gl.atomic_add(counter, 1) + gl.num_programs(0) * TEAMS
+    publish(s_tile, tile_full, tile_empty, turn, gl.to_tensor(-1), 0, 0, gl.to_tensor(0))
+
+
+@gluon.jit
+def attention_fwd_mask(
+    b_s, o_m, b_start, row, whole, n, BLOCK_N: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl.constexpr
+):
+    """Hide the keys after each query and before its document, in the tiles that hold any."""
+    partial = n * BLOCK_N + BLOCK_N - 1 > row
+    if DOCUMENTS:
+        partial = partial | (n < whole)
+    if partial:
+        o_n = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+        m_s = o_n[None, :] <= o_m[:, None]
+        if DOCUMENTS:
+            m_s = m_s & (o_n[None, :] >= b_start[:, None])
+        b_s = gl.where(m_s, b_s, float("-inf"))
+    return b_s
+
+
+@gluon.jit
+def attention_fwd_consume(
+    d_out, buffers, barriers, p_s, p_lse, T, T_PAD, H, scale_log2,
+    INDEX: gl.constexpr, HEADS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, own_full, own_empty, tile_full, tile_empty = barriers
+    s_q, s_own, s_k, s_v, s_out, s_starts, s_tile = buffers
+    TILE_M: gl.constexpr = ROWS * CONSUMERS // HEADS
+    dtype: gl.constexpr = s_q.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_operand: gl.constexpr = gl.DotOperandLayout(0, y_layout, 2)
+    s_one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    step = 0
+    turn = 0
+    batch, head, m_first, start = receive(s_tile, tile_full, tile_empty, turn)
+    while batch >= 0:
+        end = gl.cdiv(gl.minimum(m_first + TILE_M, T), BLOCK_N)
+        head += INDEX % HEADS
+        row = m_first + (INDEX // HEADS) * ROWS
+        o_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        mbarrier.wait(q_full, turn & 1)
+        b_q = s_q.index(INDEX).reshape([ROWS, D])
+        b_start = o_m
+        whole = 0
+        if DOCUMENTS:
+            b_start = s_starts.index(INDEX // HEADS).load(gl.SliceLayout(1, s_layout))
+            # Starts do not decrease: from the last row's on, every row of the tile sees whole key tiles.
+            last = gl.max(s_starts.index(INDEX // HEADS).slice(ROWS - 1, 1).load(s_one), 0)
+            whole = gl.cdiv(last, BLOCK_N)
+            if row + ROWS > T:
+                whole = end
+
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        # [ROWS, BLOCK_N]
+        b_s = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+        b_k = s_k.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
+        b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(0, deps=[b_s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        # Finite, for rows to which a whole tile is hidden.
+        b_max = gl.full([ROWS], -1.0e30, gl.float32, gl.SliceLayout(1, s_layout))
+        b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+        b_acc = gl.zeros([ROWS, D], gl.float32, y_layout)
+        for n in range(end - 1, start - 1, -1):
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            b_s = attention_fwd_mask(b_s, o_m, b_start, row, whole, n, BLOCK_N, DOCUMENTS, s_layout)
+            b_new = gl.maximum(b_max, gl.max(b_s, 1))
+            b_alpha = gl.exp2((b_max - b_new) * scale_log2)
+            b_p = gl.exp2(b_s * scale_log2 - (b_new * scale_log2)[:, None])
+            b_sum = b_sum * b_alpha + gl.sum(b_p, 1)
+            b_max = b_new
+            b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, y_layout))[:, None]
+            b_pc = gl.convert_layout(b_p.to(dtype), p_operand)
+            mbarrier.wait(v_full.index(stage), phase)
+            b_acc = warpgroup_mma(b_pc, s_v.index(stage).reshape([BLOCK_N, D]), b_acc, is_async=True)
+            # The next scores right behind; after the last tile they are made of whatever is there and not used.
+            step += 1
+            next_stage = step % STAGES
+            mbarrier.wait(k_full.index(next_stage), (step // STAGES) & 1, pred=n > start)
+            b_s = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+            b_k = s_k.index(next_stage).reshape([BLOCK_N, D]).permute((1, 0))
+            b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=False, is_async=True)
+            b_acc, b_pc = warpgroup_mma_wait(1, deps=[b_acc, b_pc])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            b_s = warpgroup_mma_wait(0, deps=[b_s])
+            mbarrier.arrive(k_empty.index(next_stage), count=1, pred=n > start)
+        mbarrier.arrive(q_empty, count=1)
+
+        # XSA: take out of y its part along the token's own value.
+        mbarrier.wait(own_full, turn & 1)
+        b_v = s_own.index(INDEX // HEADS).reshape([ROWS, D]).load(y_layout).to(gl.float32)
+        mbarrier.arrive(own_empty, count=1)
+        b_v = b_v * (1.0 / gl.maximum(gl.sqrt(gl.sum(b_v * b_v, 1)), NORM_FLOOR))[:, None]
+        b_acc = b_acc * gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, y_layout))[:, None]
+        b_dot = gl.sum(b_acc * b_v, 1)
+        b_z = (b_acc - b_dot[:, None] * b_v).to(dtype)
+        tma.store_wait(0)
+        s_out.index(INDEX).reshape([ROWS, D]).store(b_z)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(d_out, [batch, row, head, 0], s_out.index(INDEX))
+        p_row = (batch * H + head).to(gl.int64) * T_PAD
+        o_y = row + gl.arange(0, ROWS, gl.SliceLayout(1, y_layout))
+        gl.store(p_s + p_row + o_y, b_dot, mask=o_y < T_PAD)
+        gl.store(p_lse + p_row + o_m, b_max * scale_log2 + gl.log2(b_sum), mask=o_m < T_PAD)
+        turn += 1
+        batch, head, m_first, start = receive(s_tile, tile_full, tile_empty, turn)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attention_fwd_team(
+    d_q, d_k, d_v, d_own, d_out, d_starts,
+    HEADS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory and barriers of one team: a producer and its consumers."""
+    dtype: gl.constexpr = d_q.dtype
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    s_q = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, D], d_q.layout)
+    s_own = gl.allocate_shared_memory(dtype, [CONSUMERS // HEADS, 1, ROWS, 1, D], d_own.layout)
+    s_out = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, D], d_out.layout)
+    s_k = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], d_k.layout)
+    s_v = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], d_v.layout)
+    s_tile = gl.allocate_shared_memory(gl.int64, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    s_starts = s_tile
+    if DOCUMENTS:
+        s_starts = gl.allocate_shared_memory(gl.int32, [CONSUMERS // HEADS, ROWS], d_starts.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
+    own_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    own_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=CONSUMERS)
+    mbarrier.init(own_full, count=1)
+    mbarrier.init(own_empty, count=CONSUMERS)
+    for i in gl.static_range(2):
+        mbarrier.init(tile_full.index(i), count=1)
+        mbarrier.init(tile_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    buffers = (s_q, s_own, s_k, s_v, s_out, s_starts, s_tile)
+    return buffers, (q_full, q_empty, k_full, k_empty, v_full, v_empty, own_full, own_empty, tile_full, tile_empty)
+
+
+@gluon.jit
+def attention_fwd_hopper_kernel(
+    d_q, d_k, d_v, d_own, d_out, d_starts, document_starts, s, lse, counter,
+    T, T_PAD, H, heads, chunk, tiles, scale_log2,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    TEAMS: gl.constexpr, REGISTERS: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    CONSUMERS: gl.constexpr = 2
+    buffers, barriers = attention_fwd_team(
+        d_q, d_k, d_v, d_own, d_out, d_starts, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS
+    )
+    if TEAMS == 1:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
+                                         0, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
+                                         1, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+                (attention_fwd_produce, (d_q, d_k, d_v, d_own, d_starts, document_starts, counter, buffers, barriers,
+                                         T, H, heads, chunk, tiles,
+                                         0, TEAMS, GROUP, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        # Two teams on tiles of their own: one computes while the other starts or ends a tile.
+        more_buffers, more_barriers = attention_fwd_team(
+            d_q, d_k, d_v, d_own, d_out, d_starts, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS
+        )
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
+                                         0, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
+                                         1, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+                (attention_fwd_consume, (d_out, more_buffers, more_barriers, s, lse, T, T_PAD, H, scale_log2,
+                                         0, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+                (attention_fwd_consume, (d_out, more_buffers, more_barriers, s, lse, T, T_PAD, H, scale_log2,
+                                         1, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+                (attention_fwd_produce, (d_q, d_k, d_v, d_own, d_starts, document_starts, counter, buffers, barriers,
+                                         T, H, heads, chunk, tiles,
+                                         0, TEAMS, GROUP, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+                (attention_fwd_produce, (d_q, d_k, d_v, d_own, d_starts, document_starts, counter,
+                                         more_buffers, more_barriers, T, H, heads, chunk, tiles,
+                                         1, TEAMS, GROUP, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+            ],
+            [4, 4, 4, 1, 1],
+            [REGISTERS, REGISTERS, REGISTERS, 24, 24],
+        )  # fmt: skip
+
+
+@gluon.jit
+def attention_bwd_produce(
+    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
+    T, T_PAD, H, G, kv_heads, chunk, tiles,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """Take tiles from the shared counter, most work first within a chunk of heads; tell the other partitions the batch
+    (-1 after the last tile), KV head, first key and end of the query tiles; copy."""
+    s_q, s_gy, s_lse, s_delta, s_starts, s_k, s_v, _s_ds, s_tile = buffers
+    q_full, q_empty, gy_full, gy_empty, kv_full, kv_empty, _ds_full, _ds_empty, tile_full, tile_empty = barriers
+    step = 0
+    turn = 0
+    tiles_n = gl.cdiv(T, 2 * ROWS)
+    blocks = gl.cdiv(T, ROWS)
+    tile = gl.program_id(0)
+    while tile < tiles:
+        first = (tile // (chunk * tiles_n)) * chunk
+        width = gl.minimum(chunk, kv_heads - first)
+        rest = tile % (chunk * tiles_n)
+        batch = (first + rest % width) // G
+        kv_head = (first + rest % width) % G
+        n_first = (rest // width) * 2 * ROWS
+        end = blocks
+        if DOCUMENTS:
+            last = (gl.minimum(n_first + 2 * ROWS, T) - 1) // ROWS
+            end = gl.cdiv(gl.load(document_ends + (batch.to(gl.int64) * blocks + last) * 2 + 1), ROWS)
+        publish(s_tile, tile_full, tile_empty, turn, batch, kv_head, n_first, end)
+        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+        mbarrier.expect(kv_full, 2 * 2 * ROWS * D * 2)
+        tma.async_copy_global_to_shared(d_k, [batch, n_first, kv_head, 0], kv_full, s_k)
+        tma.async_copy_global_to_shared(d_v, [batch, n_first, kv_head, 0], kv_full, s_v)
+        turn += 1
+        for i in range(GROUP):
+            head = kv_head * GROUP + i
+            row = (batch * H + head) * T_PAD
+            for m in range(n_first // ROWS, end):
+                stage = step % STAGES
+                phase = ((step // STAGES) & 1) ^ 1
+                mbarrier.wait(q_empty.index(stage), phase)
+                mbarrier.expect(q_full.index(stage), ROWS * D * 2 + (ROWS * 8 if DOCUMENTS else ROWS * 4))
+                if DOCUMENTS:
+                    tma.async_copy_global_to_shared(
+                        d_starts, [batch * T + m * ROWS], q_full.index(stage), s_starts.index(stage)
+                    )
+                tma.async_copy_global_to_shared(d_q, [batch, m * ROWS, head, 0], q_full.index(stage), s_q.index(stage))
+                tma.async_copy_global_to_shared(d_lse, [row + m * ROWS], q_full.index(stage), s_lse.index(stage))
+                mbarrier.wait(gy_empty.index(stage), phase)
+                mbarrier.expect(gy_full.index(stage), ROWS * D * 2 + ROWS * 4)
+                tma.async_copy_global_to_shared(
+                    d_gy, [batch, m * ROWS, head, 0], gy_full.index(stage), s_gy.index(stage)
+                )
+                tma.async_copy_global_to_shared(d_delta, [row + m * ROWS], gy_full.index(stage), s_delta.index(stage))
+                step += 1
+        tile = gl.atomic_add(counter, 1) + gl.num_programs(0)
+    publish(s_tile, tile_full, tile_empty, turn, gl.to_tensor(-1), 0, 0, gl.to_tensor(0))
+
+
+@gluon.jit
+def attention_bwd_consume(
+    buffers, barriers, p_gk, p_gv, T, G, scale, scale_log2,
+    INDEX: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    s_q, s_gy, s_lse, s_delta, s_starts, s_k, s_v, s_ds, s_tile = buffers
+    q_full, q_empty, gy_full, gy_empty, kv_full, kv_empty, ds_full, ds_empty, tile_full, tile_empty = barriers
+    dtype: gl.constexpr = s_q.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    g_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, g_layout, 2)
+    s_one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    b_k = s_k.reshape([2 * ROWS, D]).slice(INDEX * ROWS, ROWS, 0)
+    b_v = s_v.reshape([2 * ROWS, D]).slice(INDEX * ROWS, ROWS, 0)
+    step = 0
+    turn = 0
+    batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
+    while batch >= 0:
+        start = n_first // ROWS
+        n_first += INDEX * ROWS
+        mbarrier.wait(kv_full, turn & 1)
+        b_gk = gl.zeros([ROWS, D], gl.float32, g_layout)
+        b_gv = gl.zeros([ROWS, D], gl.float32, g_layout)
+        # The scores of a tile are made ahead, under the dS of the tile before.
+        mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
+        b_s = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+        b_q = s_q.index(step % STAGES).reshape([ROWS, D])
+        b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_s, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(0, deps=[b_s])
+        m = start
+        last_step = step + GROUP * (end - start) - 1
+        for _ in range(GROUP * (end - start)):
+            stage = step % STAGES
+            b_q = s_q.index(stage).reshape([ROWS, D])
+            b_lse = s_lse.index(stage).load(gl.SliceLayout(0, s_layout))
+            mbarrier.wait(gy_full.index(stage), (step // STAGES) & 1)
+            b_gy = s_gy.index(stage).reshape([ROWS, D])
+            # [ROWS keys, ROWS queries]
+            b_dp = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+            b_dp = warpgroup_mma(b_v, b_gy.permute((1, 0)), b_dp, use_acc=False, is_async=True)
+            b_p = gl.exp2(b_s * scale_log2 - b_lse[None, :])
+            partial = m * ROWS < n_first + ROWS - 1
+            if DOCUMENTS:
+                last = gl.max(s_starts.index(stage).slice(ROWS - 1, 1).load(s_one), 0)
+                partial = partial | (last > n_first) | ((m + 1) * ROWS > T)
+            if partial:
+                o_n = n_first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+                o_m = m * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, s_layout))
+                m_p = o_n[:, None] <= o_m[None, :]
+                if DOCUMENTS:
+                    b_start = s_starts.index(stage).load(gl.SliceLayout(0, s_layout))
+                    m_p = m_p & (o_n[:, None] >= b_start[None, :])
+                b_p = gl.where(m_p, b_p, 0.0)
+            b_delta = s_delta.index(stage).load(gl.SliceLayout(0, s_layout))
+            b_dp, b_p = warpgroup_mma_wait(0, deps=[b_dp, b_p])
+            b_pc = gl.convert_layout(b_p.to(dtype), operand)
+            b_gv = warpgroup_mma(b_pc, b_gy, b_gv, is_async=True)
+            next_stage = (step + 1) % STAGES
+            mbarrier.wait(q_full.index(next_stage), ((step + 1) // STAGES) & 1, pred=step < last_step)
+            b_s = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+            b_next = s_q.index(next_stage).reshape([ROWS, D])
+            b_s = warpgroup_mma(b_k, b_next.permute((1, 0)), b_s, use_acc=False, is_async=True)
+            b_ds = (b_p * (b_dp - b_delta[None, :])).to(dtype)
+            slot = step % SLOTS
+            mbarrier.wait(ds_empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+            s_ds.index(slot).slice(INDEX * ROWS, ROWS, 0).store(b_ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(slot), count=1)
+            b_dsc = gl.convert_layout(b_ds, operand)
+            b_gk = warpgroup_mma(b_dsc, b_q, b_gk, is_async=True)
+            b_gv, b_s, b_pc = warpgroup_mma_wait(1, deps=[b_gv, b_s, b_pc])
+            mbarrier.arrive(gy_empty.index(stage), count=1)
+            b_gk, b_dsc = warpgroup_mma_wait(0, deps=[b_gk, b_dsc])
+            mbarrier.arrive(q_empty.index(stage), count=1)
+            step += 1
+            m = gl.where(m + 1 == end, start, m + 1)
+        mbarrier.arrive(kv_empty, count=1)
+        turn += 1
+
+        o_n = n_first + gl.arange(0, ROWS, gl.SliceLayout(1, g_layout))
+        o_d = gl.arange(0, D, gl.SliceLayout(0, g_layout))
+        o_out = ((batch.to(gl.int64) * T + o_n) * G + kv_head)[:, None] * D + o_d[None, :]
+        m_n = (o_n < T)[:, None]
+        gl.store(p_gk + o_out, (b_gk * scale).to(dtype), mask=m_n)
+        # grad_v holds XSA's part.
+        b_gv += gl.load(p_gv + o_out, mask=m_n, other=0.0).to(gl.float32)
+        gl.store(p_gv + o_out, b_gv.to(dtype), mask=m_n)
+        batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
+
+
+@gluon.jit
+def attention_bwd_add_dq(
+    buffers, barriers, p_gq, T, H,
+    GROUP: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    _s_q, _s_gy, _s_lse, _s_delta, _s_starts, s_k, _s_v, s_ds, s_tile = buffers
+    _q_full, _q_empty, _gy_full, _gy_empty, kv_full, kv_empty, ds_full, ds_empty, tile_full, tile_empty = barriers
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    # A thread's accumulators of rows r, r + 8 and columns c, c + 1 are four neighbours in memory, a warp's 512 bytes.
+    o_d = gl.arange(0, D, gl.SliceLayout(1, layout))[:, None]
+    o_m = gl.arange(0, ROWS, gl.SliceLayout(0, layout))[None, :]
+    o_gq = (((o_d // 16) * (ROWS // 8) + o_m // 8) * 32 + (o_d % 8) * 4 + (o_m % 8) // 2) * 4
+    step = 0
+    turn = 0
+    batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
+    while batch >= 0:
+        start = n_first // ROWS
+        mbarrier.wait(kv_full, turn & 1)
+        # [D, keys]
+        b_k = s_k.reshape([2 * ROWS, D]).permute((1, 0)).load(gl.DotOperandLayout(0, layout, 2))
+        mbarrier.arrive(kv_empty, count=1)
+        turn += 1
+        for i in range(GROUP):
+            row = (batch * H + kv_head * GROUP + i).to(gl.int64) * gl.cdiv(T, ROWS)
+            for m in range(start, end):
+                slot = step % SLOTS
+                mbarrier.wait(ds_full.index(slot), (step // SLOTS) & 1)
+                b_gq = gl.zeros([D, ROWS], gl.float32, layout)
+                b_gq = warpgroup_mma(b_k, s_ds.index(slot), b_gq, use_acc=False, is_async=True)
+                b_gq = warpgroup_mma_wait(0, deps=[b_gq])
+                mbarrier.arrive(ds_empty.index(slot), count=1)
+                p_tile = p_gq + (row + m) * (ROWS * D) + o_gq
+                gl.inline_asm_elementwise(
+                    """
+                    {
+                    red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};
+                    mov.b32 $0, 0;
+                    mov.b32 $1, 0;
+                    mov.b32 $2, 0;
+                    mov.b32 $3, 0;
+                    }
+                    """,
+                    "=r,=r,=r,=r,l,l,l,l,f,f,f,f",
+                    [p_tile.to(gl.int64), b_gq],
+                    dtype=gl.int32,
+                    is_pure=False,
+                    pack=4,
+                )
+                step += 1
+        batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
+
+
+@gluon.jit
+def attention_bwd_hopper_kernel(
+    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, p_gk, p_gv, counter,
+    T, T_PAD, H, G, kv_heads, chunk, tiles, scale, scale_log2,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = d_q.dtype
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    s_q = gl.allocate_shared_memory(dtype, [STAGES, 1, ROWS, 1, D], d_q.layout)
+    s_gy = gl.allocate_shared_memory(dtype, [STAGES, 1, ROWS, 1, D], d_gy.layout)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], d_lse.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], d_delta.layout)
+    s_k = gl.allocate_shared_memory(dtype, [1, 2 * ROWS, 1, D], d_k.layout)
+    s_v = gl.allocate_shared_memory(dtype, [1, 2 * ROWS, 1, D], d_v.layout)
+    s_ds = gl.allocate_shared_memory(dtype, [SLOTS, 2 * ROWS, ROWS], ds_layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    gy_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    gy_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    ds_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(gy_full.index(i), count=1)
+        mbarrier.init(gy_empty.index(i), count=2)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(ds_empty.index(i), count=1)
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(kv_empty, count=3)
+    s_tile = gl.allocate_shared_memory(gl.int64, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(tile_full.index(i), count=1)
+        mbarrier.init(tile_empty.index(i), count=3)
+    fence_async_shared()
+    s_starts = s_tile
+    if DOCUMENTS:
+        s_starts = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], d_starts.layout)
+    buffers = (s_q, s_gy, s_lse, s_delta, s_starts, s_k, s_v, s_ds, s_tile)
+    barriers = (q_full, q_empty, gy_full, gy_empty, kv_full, kv_empty, ds_full, ds_empty, tile_full, tile_empty)
+    gl.warp_specialize(
+        [
+            (
+                attention_bwd_consume,
+                (buffers, barriers, p_gk, p_gv, T, G, scale, scale_log2, 0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+            ),
+            (
+                attention_bwd_consume,
+                (buffers, barriers, p_gk, p_gv, T, G, scale, scale_log2, 1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+            ),
+            (attention_bwd_add_dq, (buffers, barriers, p_gq, T, H, GROUP, D, SLOTS, DOCUMENTS)),
+            (
+                attention_bwd_produce,
+                (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
+                 T, T_PAD, H, G, kv_heads, chunk, tiles, GROUP, D, STAGES, DOCUMENTS),
+            ),
+        ],
+        [4, 4, 1],
+        [192, 104, 24],
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_bwd_finish_kernel(p_gq, grad_q, T, H, scale, ROWS: tl.constexpr, D: tl.constexpr):
+    """Undo the order in which `attention_bwd_add_dq` keeps a [D, ROWS] tile; scale and round."""
+    tile = tl.program_id(1)
+    batch_head = tl.program_id(0).to(tl.int64)
+    b_gq = tl.load(p_gq + (batch_head * tl.num_programs(1) + tile) * (ROWS * D) + tl.arange(0, ROWS * D))
+    # d = (warp, half, row), query = (column block, pair, element)
+    b_gq = tl.reshape(b_gq, [D // 16, ROWS // 8, 8, 4, 2, 2])
+    b_gq = tl.reshape(tl.permute(b_gq, (1, 3, 5, 0, 4, 2)), [ROWS, D])
+    o_m = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    o_out = (((batch_head // H) * T + o_m) * H + batch_head % H) * D + tl.arange(0, D)[None, :]
+    tl.store(grad_q + o_out, (b_gq * scale).to(grad_q.dtype.element_ty), mask=o_m < T)
+
+
+# ------------------------------------------------------------------------------------------------------- launching
+def _rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Copies of `rows` rows of one head of a (B, T, heads, D) tensor; rows past T read as zero and are not written."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, x.shape[3]], layout)
+
+
+def _flat(x: torch.Tensor, count: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [count], layout)
+
+
+def forward(q, k, v, document_starts, out, s, lse, config: dict, processors: int) -> None:
+    batch, length, heads, dim = q.shape
+    config = dict(config)
+    group = heads // k.shape[2]
+    # Two heads of one group a team where the group allows: both then end on the same diagonal.
+    pair = 2 if group % 2 == 0 else 1
+    tiles = triton.cdiv(length, 128 // pair) * (batch * heads // pair)
+    grid = (min(triton.cdiv(tiles, config["TEAMS"]), processors),)
+    starts = None if document_starts is None else _flat(document_starts, 64)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    attention_fwd_hopper_kernel[grid](
+        _rows(q, 64), _rows(k, config["BLOCK_N"]), _rows(v, config["BLOCK_N"]), _rows(v, 64), _rows(out, 64), starts,
+        document_starts, s, lse, counter,
+        length, s.shape[-1], heads, batch * heads, config.pop("chunk"), tiles, math.log2(math.e) / math.sqrt(dim),
+        GROUP=group, HEADS=pair, D=dim, DOCUMENTS=document_starts is not None, **config,
+    )  # fmt: skip
+
+
+def backward(
+    q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_q, grad_k, grad_v, config: dict, processors: int
+) -> None:
+    batch, length, heads, dim = q.shape
+    kv = k.shape[2]
+    config = dict(config)
+    blocks = triton.cdiv(length, 64)
+    # Sums of grad_q, and behind them the tile counter.
+    sums = torch.zeros(batch * heads * blocks * 64 * dim + 4, dtype=torch.float32, device=q.device)
+    tiles = triton.cdiv(length, 128) * batch * kv
+    starts = None if document_starts is None else _flat(document_starts, 64)
+    attention_bwd_hopper_kernel[(min(tiles, processors),)](
+        _rows(q, 64), _rows(k, 128), _rows(v, 128), _rows(grad_y, 64), _flat(lse, 64), _flat(delta, 64), starts,
+        document_ends, sums, grad_k, grad_v, sums[-4:].view(torch.int32),
+        length, lse.shape[-1], heads, kv, batch * kv, config.pop("chunk"), tiles,
+        1.0 / math.sqrt(dim), math.log2(math.e) / math.sqrt(dim),
+        GROUP=heads // kv, D=dim, DOCUMENTS=document_starts is not None, **config,
+    )  # fmt: skip
+    attention_bwd_finish_kernel[(batch * heads, blocks)](
+        sums, grad_q, length, heads, 1.0 / math.sqrt(dim), ROWS=64, D=dim, num_warps=4
+    )

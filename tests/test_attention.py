@@ -1,0 +1,342 @@
+"""attention(): against float64, in the interpreter on the CPU and on a GPU; its registration; its compiled kernels."""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+
+from kernels import reference
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRET
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the interpreter")
+gpu = pytest.mark.gpu
+
+if INTERPRET or CUDA:
+    from kernels.attention import attention
+
+
+# ---------------------------------------------------------------------------------------------------------- oracle
+def visible(length, document_starts, device):
+    t = torch.arange(length, device=device)
+    return (t[None, :] <= t[:, None])[None] & (t[None, None, :] >= document_starts[:, :, None])
+
+
+def torch_attention(q, k, v, document_starts=None):
+    """The reference: torch's own fused attention and XSA, in the dtype of its inputs."""
+    mask = None if document_starts is None else visible(q.shape[1], document_starts, q.device)[:, None]
+    return reference.attention(q, k, v, mask)
+
+
+def make(batch, length, heads, kv_heads, dim, dtype, device, documents=None, seed=0):
+    """A fused projection (q, k and v are views of it), a gradient, document starts. Every fifth value of the last KV
+    head is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, (heads + 2 * kv_heads) * dim, generator=generator).to(dtype).to(device)
+    x[:, ::5, -dim:] = 0
+    g = torch.randn(batch, length, heads, dim, generator=generator).to(dtype).to(device)
+    starts = None
+    if documents is not None:
+        boundary = torch.rand(batch, length, generator=generator) < documents
+        boundary[:, 0] = True
+        boundary[:, length // 2 : length // 2 + 3] = True  # documents of one token
+        starts = torch.where(boundary, torch.arange(length), 0).cummax(1).values.to(torch.int32).to(device)
+    return x, g, starts
+
+
+def run(f, x, g, starts, heads, kv_heads, dim):
+    x = x.detach().clone().requires_grad_()
+    q, k, v = x.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+    out = f(q.unflatten(-1, (heads, dim)), k.unflatten(-1, (kv_heads, dim)), v.unflatten(-1, (kv_heads, dim)), starts)
+    out.backward(g)
+    return out.detach(), *x.grad.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+
+
+def error(a, b):
+    """Frobenius error relative to the truth, or, where cancellation leaves next to nothing (documents of one token: z
+    is zero), to unit normal numbers of its shape. NaN fails every comparison."""
+    norm, unit = b.norm().item(), b.numel() ** 0.5
+    return (a.double() - b).norm().item() / (norm if norm > 0.1 * unit else unit)
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty starts as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# ------------------------------------------------------------------------------------------- on the CPU, interpreted
+@interpreted
+@pytest.mark.parametrize("documents", [None, 0.06, 1.0])
+@pytest.mark.parametrize("shape", [(2, 70, 4, 2, 16), (1, 33, 3, 3, 32), (1, 1, 2, 1, 16), (1, 65, 4, 1, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted_values(shape, documents, dtype, poisoned):
+    x, g, starts = make(*shape, dtype, "cpu", documents)
+    ours = run(attention, x, g, starts, *shape[2:])
+    truth = run(torch_attention, x.double(), g.double(), starts, *shape[2:])
+    for name, a, b in zip(("out", "grad_q", "grad_k", "grad_v"), ours, truth, strict=True):
+        assert error(a, b) <= (2e-6 if dtype == torch.float32 else 2e-3), name
+
+
+@interpreted
+def test_sums_of_grad_q_are_put_in_order():
+    """The Hopper backward keeps grad_q in the order of its accumulators; the finishing kernel must undo just that."""
+    from kernels.attention_hopper import attention_bwd_finish_kernel
+
+    batch, length, heads, dim = 2, 100, 3, 64
+    expected = torch.randn(batch, length, heads, dim)
+    tiles = torch.zeros(batch, heads, 2, dim, 64)
+    padded = F.pad(expected, (0, 0, 0, 0, 0, 28))
+    tiles.copy_(padded.view(batch, 2, 64, heads, dim).permute(0, 3, 1, 4, 2))
+    d, query = torch.arange(dim)[:, None], torch.arange(64)[None, :]
+    offset = ((d // 16 * 8 + query // 8) * 32 + d % 8 * 4 + query % 8 // 2) * 4 + d // 8 % 2 * 2 + query % 2
+    sums = torch.empty(batch, heads, 2, dim * 64)
+    sums[..., offset.flatten()] = tiles.flatten(-2)
+    out = torch.empty(batch, length, heads, dim)
+    attention_bwd_finish_kernel[(batch * heads, 2)](sums, out, length, heads, 0.5, ROWS=64, D=dim)
+    assert torch.equal(out, expected * 0.5)
+
+
+@interpreted
+def test_registration():
+    x, _, starts = make(1, 20, 4, 2, 16, torch.float32, "cpu", 0.2)
+    q, k, v = (y.unflatten(-1, (-1, 16)).requires_grad_() for y in x.split([64, 32, 32], -1))
+    for document_starts in (None, starts):
+        torch.library.opcheck(torch.ops.golf.attention.default, (q, k, v, document_starts, False))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 8, 3, 16)}, "H a multiple of G"),
+        ({"k": torch.zeros(1, 9, 2, 16)}, r"k \(1, 9, 2, 16\)"),
+        ({"q": torch.zeros(1, 8, 4, 16, dtype=torch.float64)}, "torch.float64"),
+        ({"document_starts": torch.zeros(1, 8, dtype=torch.int64)}, "document_starts int32"),
+        ({"document_starts": torch.zeros(1, 7, dtype=torch.int32)}, r"\(1, 7\)"),
+        ({"q": torch.zeros(1, 8, 16, 4).transpose(2, 3)}, "last dimension contiguous"),
+    ],
+)
+def test_errors_name_what_was_found(change, message):
+    arguments = {name: torch.zeros(1, 8, heads, 16) for name, heads in (("q", 4), ("k", 2), ("v", 2))} | change
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)
+
+
+@compiled
+def test_cpu_tensors_are_refused():
+    from kernels.attention import attention
+
+    x = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        attention(x, x, x)
+
+
+# -------------------------------------------------------------------------------------- on the CPU, compiled for H100
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FLOATS, INTEGERS = ("scale", "scale_log2"), ("T", "H", "G", "heads", "kv_heads", "chunk", "tiles")
+
+
+def compile_for_h100(kernel, constants, options, descriptors=None):
+    """Compile without a GPU; registers, stack bytes, shared memory and SASS."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif descriptors and name in descriptors:
+            signature[name] = descriptors[name]
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif name in INTEGERS:
+            signature[name] = "i32"
+        else:
+            pointers = {"s": "*fp32", "lse": "*fp32", "delta": "*fp32", "p_gq": "*fp32"}
+            pointers |= dict.fromkeys(("document_starts", "document_ends", "counter"), "*i32")
+            number = name.startswith("stride") or name == "T_PAD"
+            signature[name] = "i32" if number else pointers.get(name, "*bf16")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = (GluonASTSource if descriptors else ASTSource)(
+        kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
+    return registers, stack, binary.metadata.shared, sass
+
+
+def portable(name, documents):
+    from kernels import attention as module
+
+    config = dict(module._configs("h100")["64"][name])
+    config.pop("chunk", None)
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    kernel = {
+        "forward": module.attention_fwd_kernel,
+        "prepare": module.attention_bwd_prepare_kernel,
+        "grad_kv": module.attention_bwd_dkdv_kernel,
+        "grad_q": module.attention_bwd_dq_kernel,
+    }[name]
+    constants = {"GROUP": 2, "D": 64, "DOCUMENTS": documents, "CHUNK": 1024, "BLOCK_T": 64} | config
+    if not documents:
+        constants |= {"document_starts": None, "document_ends": None}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    return compile_for_h100(kernel, constants, options)
+
+
+@compiled
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("name", "limit"), [("forward", 0), ("prepare", 0), ("grad_kv", 640), ("grad_q", 0)])
+def test_portable_kernels_compile(name, limit, documents):
+    registers, stack, shared, sass = portable(name, documents)
+    assert registers <= 255
+    assert stack <= limit
+    assert shared <= 110 * 1024
+    assert ("HGMMA" in sass) == (name != "prepare")
+
+
+@compiled
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("name", "dim"), [("forward_hopper", 64), ("forward_hopper", 128), ("backward_hopper", 64)])
+def test_hopper_kernels_compile(name, dim, documents):
+    from triton.experimental.gluon import language as gl
+
+    from kernels import attention as module
+    from kernels import attention_hopper as hopper
+
+    config = dict(module._configs("h100")[str(dim)][name])
+    options = {key: config.pop(key) for key in ("num_warps", "maxnreg")}
+    config = {key: value for key, value in config.items() if key not in ("chunk", "programs")}
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    rows, keys = (f"tensordesc<bf16[1, {n}, 1, {dim}],{layout!r}>" for n in (64, config.get("BLOCK_N", 128)))
+    floats = f"tensordesc<fp32[64],{flat!r}>"
+    constants = {"GROUP": 2, "D": dim, "DOCUMENTS": documents} | config
+    if name == "forward_hopper":
+        kernel, limit = hopper.attention_fwd_hopper_kernel, 0
+        constants |= {"HEADS": 2}
+        descriptors = dict.fromkeys(("d_q", "d_own", "d_out"), rows) | dict.fromkeys(("d_k", "d_v"), keys)
+    else:
+        kernel, limit = hopper.attention_bwd_hopper_kernel, 96  # scalars kept outside the inner loop
+        descriptors = dict.fromkeys(("d_q", "d_gy"), rows) | dict.fromkeys(("d_k", "d_v"), keys)
+        descriptors |= dict.fromkeys(("d_lse", "d_delta"), floats)
+    if documents:
+        descriptors["d_starts"] = floats.replace("fp32", "i32")
+    else:
+        constants["d_starts"] = None
+    _, stack, shared, sass = compile_for_h100(kernel, constants, options, descriptors)
+    assert stack <= limit
+    assert shared <= 227 * 1024
+    assert "HGMMA" in sass
+    assert "UTMALDG" in sass
+    # ptxas serialises products whose registers it cannot keep apart: an arrive and a wait around each instruction.
+    assert sass.count("WARPGROUP.ARRIVE") < sass.count("HGMMA") / 3
+    if name == "backward_hopper":
+        assert "ADD.F32x4" in sass
+
+
+# -------------------------------------------------------------------------------------------------------- on a GPU
+@gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+class TestGPU:
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("documents", [None, 0.01, 1.0])
+    @pytest.mark.parametrize("length", [1, 63, 64, 65, 2047, 2048, 2049])
+    def test_values(self, length, documents, deterministic, poisoned):
+        self.compare((2, length, 8, 4, 64), torch.bfloat16, documents, deterministic)
+
+    @pytest.mark.parametrize("documents", [None, 0.01])
+    @pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [
+            ((1, 777, 16, 2, 64), torch.bfloat16),
+            ((1, 777, 3, 3, 64), torch.bfloat16),
+            ((2, 777, 8, 4, 64), torch.float16),
+            ((1, 777, 8, 4, 128), torch.bfloat16),
+        ],
+    )
+    def test_shapes(self, shape, dtype, documents, poisoned):
+        self.compare(shape, dtype, documents, False)
+
+    def compare(self, shape, dtype, documents, deterministic):
+        """No further from float64 than torch's attention and XSA in the same dtype."""
+        x, g, starts = make(*shape, dtype, "cuda", documents)
+        ours = run(lambda q, k, v, s: attention(q, k, v, s, deterministic), x, g, starts, *shape[2:])
+        theirs = run(torch_attention, x, g, starts, *shape[2:])
+        truth = run(torch_attention, x.double(), g.double(), starts, *shape[2:])
+        for name, a, b, c in zip(("out", "grad_q", "grad_k", "grad_v"), ours, theirs, truth, strict=True):
+            assert error(a, c) <= error(b, c) + 1e-6, name
+
+    def test_deterministic_to_the_bit(self):
+        x, g, starts = make(4, 2048, 8, 4, 64, torch.bfloat16, "cuda", 0.002)
+        first, second = (run(lambda *a: attention(*a, True), x, g, starts, 8, 4, 64) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_compiled_whole(self, deterministic):
+        x, g, starts = make(2, 256, 8, 4, 64, torch.bfloat16, "cuda", 0.01)
+        f = torch.compile(lambda *a: attention(*a, deterministic) * 2, fullgraph=True)
+        eager = run(lambda *a: attention(*a, deterministic) * 2, x, g, starts, 8, 4, 64)
+        for a, b in zip(run(f, x, g, starts, 8, 4, 64), eager, strict=True):
+            assert error(a, b.double()) < 1e-3
+
+    def test_registration(self):
+        x, _, starts = make(1, 96, 8, 4, 64, torch.bfloat16, "cuda", 0.1)
+        q, k, v = (y.unflatten(-1, (-1, 64)).requires_grad_() for y in x.split([512, 256, 256], -1))
+        for document_starts in (None, starts):
+            torch.library.opcheck(torch.ops.golf.attention.default, (q, k, v, document_starts, True))
+
+    def test_cuda_graph(self):
+        x, g, starts = make(2, 512, 8, 4, 64, torch.bfloat16, "cuda", 0.01)
+        static = x.clone().requires_grad_()
+
+        def step():
+            static.grad = None
+            q, k, v = static.split([512, 256, 256], -1)
+            out = attention(q.unflatten(-1, (8, 64)), k.unflatten(-1, (4, 64)), v.unflatten(-1, (4, 64)), starts, True)
+            out.backward(g)
+            return out
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        fresh, _, _ = make(2, 512, 8, 4, 64, torch.bfloat16, "cuda", 0.01, seed=7)
+        with torch.no_grad():
+            static.copy_(fresh)
+        graph.replay()
+        eager = run(lambda *a: attention(*a, True), fresh, g, starts, 8, 4, 64)
+        assert torch.equal(out, eager[0])
+        assert torch.equal(static.grad, torch.cat(eager[1:], -1))
+
+    def test_offsets_past_two_to_the_31(self):
+        """The last of many rows, more than 2**31 elements into its tensor, agrees with the same row alone."""
+        x = torch.randn(1, 2048, 1024, device="cuda").to(torch.bfloat16)
+        far = torch.empty(1100, 2048, 1024, dtype=torch.bfloat16, device="cuda")
+        far.copy_(x.expand_as(far))
+        views = [y.unflatten(-1, (-1, 64)) for y in far.split([512, 256, 256], -1)]
+        out = attention(*views)
+        assert torch.equal(out[-1], out[0])
+        alone = attention(*[y[-1:] for y in views])
+        assert torch.equal(out[-1:], alone)
