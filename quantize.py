@@ -16,15 +16,15 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from gpt.artifact import Artifact, ArtifactError, count_code, load
+from gpt.artifact import MAX_TOKENS, Artifact, ArtifactError, count_code, load
 from gpt.config import ARTIFACT_LIMIT, PRESETS, ROOT, ConfigError
 from gpt.data import DataError, calibration_batches, load_validation
-from gpt.distributed import Ranks, distributed
+from gpt.distributed import Ranks, distributed, run_program
 from gpt.generate import generate, stream_text
 from gpt.gptq import QuantisationError
 from gpt.model import GPT
 from gpt.pack import pack
-from gpt.record import RecordError, Run, write_atomic
+from gpt.record import RecordError, Run, read_config, write_atomic
 from gpt.score import Score, score, validation_text
 from gpt.tokenizer import Tokenizer
 from kernels import KernelError, select
@@ -52,6 +52,8 @@ def open_tokenizer(path: Path | None, artifact: Artifact) -> Tokenizer:
 
 
 def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: its folder does not exist")
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
     config, ops = artifact.config, select(arguments.kernels, ranks.device)
@@ -137,13 +139,16 @@ def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
 
 
 def pack_run(arguments: Namespace, ranks: Ranks) -> None:
-    run = Run.open(arguments.path, ranks)
+    config = read_config(arguments.path)
+    run = Run(arguments.path, config, ranks)
     state = run.load_checkpoint()
     if state is None or not state["finished"]:
         raise RecordError(f"{run.path} has not finished training; wanted a finished run: train.py --resume {run.path}")
-    config = run.config
-    if arguments.clip_sigmas:
-        config = config.model_copy(update={"matrix_clip_sigmas": arguments.clip_sigmas})
+    changes = {
+        "matrix_clip_sigmas": arguments.clip_sigmas,
+        "gptq_calibration_batches": arguments.calibration_batches,
+    }
+    config = config.model_copy(update={name: value for name, value in changes.items() if value is not None})
     tokenizer = Tokenizer(config.tokenizer_path)
     tokenizer.require(config.vocab_size)
     model = GPT(config, select(arguments.kernels, ranks.device), ranks.dtype)
@@ -183,7 +188,9 @@ def parse(arguments: list[str]) -> Namespace:
     command = commands.add_parser("score", parents=[common], help="bits per byte on the validation shards")
     command.set_defaults(run=score_artifact)
     command.add_argument("--data-path", type=Path, help="folder of fineweb_val_*.bin")
-    command.add_argument("--context", type=number(int, 1), help="tokens of a window; default: the configuration's")
+    command.add_argument(
+        "--context", type=number(int, 1, MAX_TOKENS), help="tokens of a window; default: the configuration's"
+    )
     command.add_argument("--stride", type=number(int, 1), help="of sliding windows; default: the configuration's")
     only = command.add_mutually_exclusive_group()
     only.add_argument("--plain", dest="only", action="store_const", const="plain", help="only rows side by side")
@@ -202,25 +209,28 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--tokens", type=number(int, 0), default=200, help="at most so many")
     command.add_argument("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token")
     command.add_argument("--top-p", type=number(float, 0, 1), default=0.95, help="share of probability drawn from")
-    command.add_argument("--seed", type=number(int, 0), default=0)
+    command.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 
     command = commands.add_parser("pack", parents=[machine], help="quantise a finished run's EMA weights again")
     command.set_defaults(run=pack_run)
     command.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
     command.add_argument("--clip-sigmas", type=number(float, 0.1), help="start of the search; default: the run's")
+    command.add_argument("--calibration-batches", type=number(int, 1), help="default: the run's")
     command.add_argument("--out", type=Path, help="file to write; default: RUN/repacked.pga")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    arguments = parse(sys.argv[1:])
+def main(command_line: list[str]) -> int:
+    arguments = parse(command_line)
     try:
         with distributed(arguments.device) as ranks:
             arguments.run(arguments, ranks)
-    except (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError) as error:
-        sys.exit(f"quantize.py: {error}")
+    except (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError, OSError) as error:
+        print(f"quantize.py: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,20 +12,20 @@ import sys
 from pathlib import Path
 
 from gpt.artifact import ArtifactError, count_code, load
-from gpt.config import ROOT, ConfigError, load_config
+from gpt.config import ROOT, Config, ConfigError, check_environment, load_config
 from gpt.data import DataError, Tokenizer, calibration_batches, load_validation
-from gpt.distributed import Ranks, distributed
+from gpt.distributed import Ranks, distributed, run_program
 from gpt.gptq import QuantisationError
 from gpt.model import GPT
 from gpt.pack import pack
-from gpt.record import RecordError, Run
+from gpt.record import RecordError, Run, read_config
 from gpt.report import header, summarise, table
 from gpt.score import Score, score, validation_text
 from gpt.trainer import Trainer, TrainingError
 from kernels import KernelError, select
 
 # What a user can mend: shown without a traceback.
-ERRORS = (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError, TrainingError)
+ERRORS = (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError, TrainingError, OSError)
 
 
 def main(arguments: list[str]) -> int:
@@ -35,24 +35,27 @@ def main(arguments: list[str]) -> int:
     try:
         if own.resume and settings:
             raise ConfigError(f"--resume takes the run's own configuration; found also {' '.join(settings)}")
-        config = load_config(settings) if not own.resume else None
-        with distributed(config.device if config else "auto") as ranks:
-            run = Run.create(config, ranks) if config else Run.resume(own.resume, ranks)
-            run_job(run, ranks)
+        config = read_config(own.resume) if own.resume else load_config(settings)
+        if own.resume:
+            check_environment(config)
+        with distributed(config.device) as ranks:
+            run_job(config, own.resume, ranks)
     except ERRORS as error:
         print(f"train.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run_job(run: Run, ranks: Ranks) -> None:
-    """The whole job of one run, on every rank."""
-    config = run.config
+def run_job(config: Config, resumed: Path | None, ranks: Ranks) -> None:
+    """The whole job of one run, on every rank. What can be refused is refused before the run has a folder."""
     ops = select(config.kernels, ranks.device)
     config.accumulation(ranks.world_size)
     tokenizer = Tokenizer(config.tokenizer_path)
     tokenizer.require(config.vocab_size)
     text = validation_text(load_validation(config.data_path, config.vocab_size), tokenizer.byte_table(), ranks.device)
+    batches = calibration_batches(config, config.gptq_calibration_batches, ranks.rank, ranks.world_size, ranks.device)
+
+    run = Run.resume(resumed, config, ranks) if resumed else Run.create(config, ranks)
     if ranks.main:
         print(header(config, ops, ranks, run.path), flush=True)
 
@@ -68,7 +71,6 @@ def run_job(run: Run, ranks: Ranks) -> None:
     ema = scored(model, trained.depth, config.context)
 
     path = run.path / "model.pga"
-    batches = calibration_batches(config, config.gptq_calibration_batches, ranks.rank, ranks.world_size, ranks.device)
     packed = pack(model, trained.depth, tokenizer.sha256, batches, path, ranks, count_code(ROOT))
 
     artifact = load(path)  # from here on only what was read back
@@ -85,4 +87,4 @@ def run_job(run: Run, ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

@@ -33,7 +33,7 @@ def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     entries = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     by_layers: dict[str, list[float]] = {}
     for entry in entries:
-        if "train_loss" in entry and entry["step"] > 100:
+        if "train_loss" in entry and entry["step"] > 100 and entry["ms_per_step"]:
             by_layers.setdefault(str(entry["layers"]), []).append(entry["ms_per_step"])
     scores, artifact = summary["scores"], summary["artifact"]
     row = {
@@ -146,7 +146,8 @@ def main(arguments: list[str]) -> int:
     write_atomic(options.results / f"{name}.json", (json.dumps(ours, indent=1) + "\n").encode())
     seed_file = RESULTS / "seed-script-h100.json"
     seed = json.loads(seed_file.read_text())
-    seed = seed if (seed["preset"], seed["gpus"]) == (ours["preset"], ours["gpus"]) else None
+    same = all(seed[key] == ours[key] for key in ("preset", "gpu", "gpus"))
+    seed = seed if same else None
     draw(ours, seed, options.results / f"{name}.png")
     print(options.results / f"{name}.json")
     if seed:

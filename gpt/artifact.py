@@ -225,6 +225,8 @@ def _read_header(text: bytes) -> Header:
         place = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"header: {place}: {first['msg']}; found {str(first['input'])[:80]}") from None
     config = header.config
+    moved = sorted(MACHINE & config.model_fields_set)
+    _want(not moved, f"header: settings of a machine: {', '.join(moved)}")
     _want(max(config.train_seq_len, config.eval_seq_len) <= MAX_TOKENS, f"header: a context of {config.context} tokens")
     _want(config.val_batch_size <= MAX_BATCH, f"header: val_batch_size {config.val_batch_size}")
     # Before anything is made from the shapes.

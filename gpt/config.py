@@ -21,6 +21,7 @@ ARTIFACT_LIMIT = 16_000_000  # bytes, decimal, code included
 
 # Names that the seed's script reads and for which only one value has a meaning here; any other value is refused.
 SEED_ONLY = {
+    "EMA_ENABLED": ("1", "the EMA is what is exported"),
     "TTT_ENABLED": ("0", "test-time training is not part of this program"),
     "TIE_EMBEDDINGS": ("1", "the output head is always the embedding"),
     "LN_SCALE": ("1", "the 1/sqrt(layer+1) scale is always on"),
@@ -41,6 +42,16 @@ SEED_RENAMED = {
     "EMBED_LR": "the embedding is tied: TIED_EMBED_LR",
     "HEAD_LR": "the embedding is tied: TIED_EMBED_LR",
     "TARGET_MB": "the limit is 16,000,000 bytes, code included",
+    "MUON_BETA2": "nothing uses it, in the seed neither",
+}
+# Names with these beginnings tune what the switch turns on: they may stand beside the switch turned off.
+SEED_TUNING = {
+    "TTT_": "TTT_ENABLED",
+    "SWA_": "SWA_ENABLED",
+    "LAWA_": "LAWA_ENABLED",
+    "MTP_": "MTP_NUM_HEADS",
+    "BIGRAM_": "BIGRAM_VOCAB_SIZE",
+    "VE_": "VE_ENABLED",
 }
 
 
@@ -58,7 +69,7 @@ def _layers(value: Any) -> Any:
 class Config(BaseModel):
     """All settings of a run. Frozen; printed at the start, stored in the run record and in the artifact."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     preset: Literal["seed", "seed-first", "one-gpu", "sample"] = "seed"
     """What this configuration started from."""
@@ -93,7 +104,7 @@ class Config(BaseModel):
     """First step that uses recurrence."""
 
     # Training.
-    seed: int = Field(1337, ge=0)
+    seed: int = Field(1337, ge=0, lt=2**63)
     train_seq_len: int = Field(2048, ge=2)
     train_batch_tokens: int = Field(786_432, ge=1)
     """Tokens of one optimizer step, all ranks together."""
@@ -314,7 +325,9 @@ class _Preset(BaseSettings):
 
 
 class _Settings(Config, BaseSettings):
-    model_config = SettingsConfigDict(cli_kebab_case=True, extra="forbid", frozen=True)
+    """Every setting is an option here and, in capitals, a name in the environment. --resume RUN goes on with a run."""
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True, extra="forbid", frozen=True)
 
     @classmethod
     def settings_customise_sources(
@@ -340,6 +353,25 @@ def _check_seed_names(environ: Mapping[str, str]) -> None:
     for name, reason in SEED_RENAMED.items():
         if name in environ:
             raise ConfigError(f"{name}={environ[name]}: {reason}")
+    for beginning, switch in SEED_TUNING.items():
+        for name in environ:
+            if name.startswith(beginning) and name not in SEED_ONLY and switch not in environ:
+                raise ConfigError(f"{name}={environ[name]}: {SEED_ONLY[switch][1]}; wanted {switch}=0 beside it")
+
+
+def check_environment(config: Config) -> None:
+    """Raises ConfigError where the environment sets anything else than `config` has: a resumed run keeps its own."""
+    _check_seed_names(os.environ)
+    try:
+        found = _Settings(_cli_parse_args=[], **config.model_dump())  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+    for name in Config.model_fields:
+        if getattr(found, name) != getattr(config, name):
+            raise ConfigError(
+                f"--resume takes the run's own {name}={getattr(config, name)}; the environment sets "
+                f"{name.upper()}={getattr(found, name)}"
+            )
 
 
 def _describe(error: ValidationError) -> str:

@@ -335,7 +335,7 @@ def calibration_batches(
 
     Yields (rows, train_seq_len) int64 on the device, micro_batch_tokens at most. The batches of all ranks together are
     the same for every world size; rank r has the r-th, the (r + world_size)-th and so on.
-    Raises DataError where the training shards have fewer rows.
+    Raises DataError, at the call, where the training shards have fewer rows; what they hold is read batch by batch.
     """
     rows = Rows(TokenStream(train_shards(config.data_path), config.vocab_size), config.train_seq_len)
     each = config.micro_batch_tokens // config.train_seq_len
@@ -346,9 +346,8 @@ def calibration_batches(
         )
     generator = np.random.default_rng([config.seed, CALIBRATION])
     drawn = generator.choice(rows.count, (count, each), replace=False)
-    for batch in drawn[rank::world_size]:
-        host = torch.from_numpy(rows.read(batch)[:, :-1].astype(np.int32))
-        yield host.to(device).to(torch.int64)
+    host = (torch.from_numpy(rows.read(batch)[:, :-1].astype(np.int32)) for batch in drawn[rank::world_size])
+    return (batch.to(device).to(torch.int64) for batch in host)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,10 +32,6 @@ class Ranks:
     def dtype(self) -> torch.dtype:
         """Of activations and products: bfloat16 on a GPU, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         if self.world_size > 1:
@@ -72,7 +71,23 @@ def distributed(device: str) -> Iterator[Ranks]:
         yield Ranks(0, 1, target)
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=target if device == "cuda" else None)
+    yield Ranks(rank, world_size, target)
+    # Not after an error: peers may wait in a collective that this rank will never join. See run_program.
+    dist.destroy_process_group()
+
+
+def run_program(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a program and end the process with the exit code that main(arguments) returns, 1 for an exception.
+
+    A rank that failed ends at once, without taking leave of its peers, so that torchrun sees it and ends them too.
+    """
     try:
-        yield Ranks(rank, world_size, target)
-    finally:
-        dist.destroy_process_group()
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

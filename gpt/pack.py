@@ -88,7 +88,7 @@ class Packed:
         ]
         rest = self.nbytes - sum(group.nbytes for group in self.groups)
         lines.append(f"{'vectors':14s}{'':18s}{rest:12,d}  (scales, vectors, header)")
-        lines.append(f"{'code':14s}{'':18s}{self.code_nbytes:12,d}")
+        lines.append(f"{'code, LZMA':14s}{'':18s}{self.code_nbytes:12,d}")
         lines.append(f"{'total':14s}{'':18s}{self.total_nbytes:12,d}  of {self.limit:,d}")
         return "\n".join(lines)
 
@@ -115,12 +115,14 @@ def pack(
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
     calibrated = time.perf_counter() - begin
-    box: list[Packed | QuantisationError | None] = [None]
+    box: list[Packed | Exception | None] = [None]
     if ranks.main:
         try:
             box[0] = _pack(model, depth, tokenizer_sha256, hessians, Path(path), code_nbytes, limit, calibrated)
-        except QuantisationError as error:
-            box[0] = error  # so that the other ranks do not wait for ever
+        except Exception as error:
+            if ranks.world_size == 1:
+                raise
+            box[0] = error  # raised on every rank: none waits for ever
     if ranks.world_size > 1:
         torch.distributed.broadcast_object_list(box, src=0)
     result = box[0]

@@ -49,16 +49,13 @@ class Progress:
             number = report.step + 1
             factor, layers = self._settings.pop(report.step)
             self.train_loss = report.loss
-            seconds = clock.step_seconds
-            rate = self.config.train_batch_tokens / seconds if seconds else 0.0
             self._bar.update(1)
-            self._bar.set_postfix_str(self._line(report.loss, seconds, rate, report.launched), refresh=False)
+            self._bar.set_postfix_str(self._line(report, clock.step_seconds or None), refresh=False)
             if number % self.config.train_log_every and number != 1:
                 continue
-            if self._last is not None:
-                seconds = (report.launched - self._last.launched) / (report.step - self._last.step)
-                rate = self.config.train_batch_tokens / seconds
-            self._last = report
+            # Since the step that was logged last; nothing is known of the first of a process.
+            last, self._last = self._last, report
+            seconds = (report.launched - last.launched) / (report.step - last.step) if last else None
             self.run.log(
                 {
                     "step": number,
@@ -67,13 +64,11 @@ class Progress:
                     "lr_factor": factor,
                     "layers": layers,
                     "elapsed": round(report.launched, 3),
-                    "ms_per_step": round(1e3 * seconds, 3),
-                    "tokens_per_second": round(rate),
+                    "ms_per_step": round(1e3 * seconds, 3) if seconds else None,
+                    "tokens_per_second": round(self.config.train_batch_tokens / seconds) if seconds else None,
                 }
             )
-            self._say(
-                f"step {number}/{self.config.iterations}  {self._line(report.loss, seconds, rate, report.launched)}"
-            )
+            self._say(f"step {number}/{self.config.iterations}  {self._line(report, seconds)}")
 
     def validated(self, step: int, score: Score) -> None:
         """Show and log a validation of the weights after `step` steps."""
@@ -84,10 +79,11 @@ class Progress:
         else:
             self._bar.write(text, file=sys.stderr)
 
-    def _line(self, loss: float, seconds: float, rate: float, elapsed: float) -> str:
-        left = f"  {max(self.cap - elapsed, 0.0):.0f} s left" if self.cap else ""
-        bpb = loss / self.nats_per_bit_byte
-        return f"loss {loss:.4f}  BPB {bpb:.4f}  {1e3 * seconds:.1f} ms/step  {rate:,.0f} tok/s{left}"
+    def _line(self, report: StepReport, seconds: float | None) -> str:
+        text = f"loss {report.loss:.4f}  BPB {report.loss / self.nats_per_bit_byte:.4f}"
+        if seconds:
+            text += f"  {1e3 * seconds:.1f} ms/step  {self.config.train_batch_tokens / seconds:,.0f} tok/s"
+        return text + (f"  {max(self.cap - report.launched, 0.0):.0f} s left" if self.cap else "")
 
     def _say(self, text: str) -> None:
         if self.run.ranks.main and self._bar.disable:

@@ -8,6 +8,7 @@ model.pga            the artifact
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -67,8 +68,16 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda,
         "world_size": ranks.world_size,
-        "git_commit": commit or os.environ.get("GIT_COMMIT") or None,
+        "git_commit": commit or os.environ.get("GIT_COMMIT") or None,  # the name for a copy without its repository
     }
+
+
+def read_config(path: Path) -> Config:
+    """The configuration of the run at `path`. Raises RecordError where that is not a run's folder."""
+    try:
+        return Config(**json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is not a run's folder: {error}") from None
 
 
 class Run:
@@ -83,36 +92,41 @@ class Run:
     def create(cls, config: Config, ranks: Ranks) -> Run:
         """A new folder under config.runs_path. Raises RecordError where its name is taken: folders are never shared."""
         name = config.run_id or time.strftime(f"%Y%m%d-%H%M%S-{config.preset}-{config.seed}")
-        run = cls(config.runs_path / ranks.broadcast_text(name), config, ranks)
-        taken = False
-        if ranks.main:
-            config.runs_path.mkdir(parents=True, exist_ok=True)
+        path, number = config.runs_path / name, 1
+        while ranks.main:
             try:
-                run.path.mkdir()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
+                break
             except FileExistsError:
-                taken = True
-        if ranks.broadcast_text(str(taken)) == "True":
-            raise RecordError(f"run folder {run.path} exists; wanted a new run_id, or --resume {run.path}")
+                if config.run_id or not path.is_dir():
+                    raise RecordError(f"run folder {path} exists; wanted a new run_id, or --resume {path}") from None
+                number += 1
+                path = config.runs_path / f"{name}-{number}"
+        run = cls(Path(ranks.broadcast_text(str(path))), config, ranks)
+        run._lock()
         run.write_json("config.json", config.model_dump(mode="json"))
         run.write_json("environment.json", environment(ranks))
         return run
 
     @classmethod
-    def open(cls, path: Path, ranks: Ranks) -> Run:
-        """The run at `path`, with its configuration. Raises RecordError where that is not a run's folder."""
-        try:
-            return cls(path, Config(**json.loads((path / "config.json").read_text())), ranks)
-        except (OSError, ValueError) as error:
-            raise RecordError(f"{path} is not a run's folder: {error}") from None
-
-    @classmethod
-    def resume(cls, path: Path, ranks: Ranks) -> Run:
-        """`open` for a run that is to go on: notes on what, beside the environment that it began in."""
-        run = cls.open(path, ranks)
+    def resume(cls, path: Path, config: Config, ranks: Ranks) -> Run:
+        """The run at `path`, to go on: notes on what. config: that of read_config(path)."""
+        run = cls(path, config, ranks)
+        run._lock()
         if ranks.main:
             with (path / "resumed.jsonl").open("a") as file:
                 file.write(json.dumps(environment(ranks)) + "\n")
         return run
+
+    def _lock(self) -> None:
+        """Hold the folder for the life of this process. Raises RecordError where another process holds it."""
+        if self.ranks.main:
+            self._held = (self.path / "lock").open("w")
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RecordError(f"{self.path} is in use by another process") from None
 
     def write_json(self, name: str, value: Any) -> None:
         if self.ranks.main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def summarise(
 ) -> dict[str, Any]:
     """summary.json: everything the run ended with. Seconds on the clock are training and calibration."""
     config = run.config
-    times = [entry["ms_per_step"] for entry in run.metrics() if "ms_per_step" in entry and entry["step"] > 1]
+    times = [entry["ms_per_step"] for entry in run.metrics() if entry.get("ms_per_step")]
     return {
         "run": run.path.name,
         "preset": config.preset,
@@ -45,7 +46,7 @@ def summarise(
         "tokens_per_second": round(trained.steps * config.train_batch_tokens / trained.seconds)
         if trained.steps
         else None,
-        "train_loss": trained.train_loss if trained.steps else None,
+        "train_loss": trained.train_loss if math.isfinite(trained.train_loss) else None,
         "depth": trained.depth,
         "scores": {
             name: {
@@ -85,7 +86,7 @@ def table(summary: dict[str, Any]) -> str:
         ("BPB of artifact, plain", f"{scores['artifact']['bpb']:.4f}"),
         (f"BPB of artifact, sliding {sliding['stride']}", f"{sliding['bpb']:.4f}"),
         (
-            "artifact + code",
+            "artifact + code (LZMA)",
             f"{artifact['nbytes']:,} + {artifact['code_nbytes']:,} = {artifact['total_nbytes']:,} bytes",
         ),
         ("limit", f"{ARTIFACT_LIMIT:,} bytes, {abs(over):,} {'OVER' if over > 0 else 'to spare'}"),

@@ -57,7 +57,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise DataError(
                 f"{self.path}: no tokenizer there; `python -m gpt.data download` gets the field's, "
-                "--tokenizer-path (TOKENIZER_PATH) names another"
+                "wanted the SentencePiece model that the shards were encoded with"
             )
         model = self.path.read_bytes()
         self.sha256 = hashlib.sha256(model).hexdigest()

@@ -153,7 +153,7 @@ class Trainer:
             if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
                 raise TrainingError(
                     f"step {report.step + 1}: loss {report.loss}, gradient norm {report.gradient_norm}; wanted finite "
-                    f"ones. The last checkpoint is in {self.run.path}"
+                    f"ones. What there is of the run is in {self.run.path}"
                 )
         return reports
 

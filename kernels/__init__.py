@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from shutil import which
 from typing import Any
 
 # Before Inductor's configuration is imported: in torch 2.11 its mix-order reduction costs this model 6 to 10 ms a step,
@@ -89,9 +90,15 @@ def select(choice: str, device: torch.device) -> Ops:
             known = ", ".join(name for name in _OPS if name not in _PAIRED.values())
             raise KernelError(f"kernels={choice}: there is no op {op!r} to choose; wanted one of {known}")
         chosen[op] = chosen[_PAIRED.get(op, op)] = implementation
+    if base == "reference" and "compiled" in chosen.values():
+        raise KernelError(f"kernels={choice}: nothing is compiled on a reference base; wanted kernels=compiled,OP=...")
     for implementation in chosen.values():
         if implementation not in IMPLEMENTATIONS:
             raise KernelError(f"kernels={choice}: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if base != "reference" and device.type == "cpu" and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise KernelError(
+            f"kernels={choice}: torch.compile wants a C++ compiler on a CPU; found neither g++ nor clang++"
+        )
     if "triton" in chosen.values() and device.type != "cuda":
         raise KernelError(f"kernels={choice}: Triton kernels run on a GPU; found device {device.type}")
     tables = {implementation: IMPLEMENTATIONS[implementation]() for implementation in set(chosen.values())}

@@ -1,9 +1,21 @@
-"""Tests marked gpu run where torch sees one."""
+"""Tests marked gpu run where torch sees one; no test feels the settings of the shell that it was started from."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+from gpt.config import SEED_ONLY, SEED_RENAMED, SEED_TUNING, Config
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_settings_from_outside() -> None:
+    ours = {name.upper() for name in Config.model_fields} | {*SEED_ONLY, *SEED_RENAMED}
+    for name in list(os.environ):
+        if name.upper() in ours or name.startswith(tuple(SEED_TUNING)):
+            del os.environ[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -69,6 +69,8 @@ def test_presets_are_whole_frozen_and_survive_json(preset: str) -> None:
         (["--preset", "huge"], "preset='huge'.*one of seed, seed-first, one-gpu, sample"),
         (["--train-order", "random"], "train_order='random'"),
         (["--run-id", "../x"], "run_id"),
+        (["--matrix-lr", "inf"], "matrix_lr='inf'"),
+        (["--seed", "1e23"], "seed='1e23'"),
     ],
 )
 def test_contradictions_are_errors_that_name_the_setting(arguments: list[str], message: str) -> None:
@@ -84,6 +86,13 @@ def test_unknown_options_and_names_are_errors(
     assert "--learning-rate" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="colour"):
         build_config(colour="red")
+    monkeypatch.setenv("TTT_EPOCHS", "18")
+    with pytest.raises(ConfigError, match=r"TTT_EPOCHS=18.*wanted TTT_ENABLED=0 beside it"):
+        load_config([])
+    monkeypatch.setenv("TTT_ENABLED", "0")
+    load_config([])
+    monkeypatch.delenv("TTT_ENABLED")
+    monkeypatch.delenv("TTT_EPOCHS")
     for name, value in (("TTT_ENABLED", "1"), ("QAT_ENABLED", "1"), ("XSA_LAST_N", "4"), ("TARGET_MB", "15.9")):
         monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=f"{name}={value}"):
@@ -92,6 +101,11 @@ def test_unknown_options_and_names_are_errors(
     for name, (value, _) in SEED_ONLY.items():
         monkeypatch.setenv(name, value)
     load_config([])
+
+
+def test_switches_are_flags() -> None:
+    assert load_config(["--document-mask"]).document_mask
+    assert not load_config(["--preset", "sample", "--no-document-mask"]).document_mask
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_an_error() -> None:

@@ -200,11 +200,11 @@ def test_bytes_of_rare_text(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(("targets", "wanted"), [(100_000, 379_352), (2_541_568, 9_627_756), (2_543_579, 9_635_160)])
 def test_byte_totals_of_the_development_validation(targets: int, wanted: int) -> None:
-    """Totals that the seed's own code computes; needs the shards (DATA_PATH) and their model (TOKENIZER_PATH)."""
-    if "DATA_PATH" not in os.environ or "TOKENIZER_PATH" not in os.environ:
-        pytest.skip("DATA_PATH and TOKENIZER_PATH name no development data")
-    model = Tokenizer(os.environ["TOKENIZER_PATH"])
-    tokens = data.load_validation(os.environ["DATA_PATH"], model.vocab_size)
+    """Totals that the seed's own code computes; needs the shards (GOLDEN_DATA) and their model (GOLDEN_TOKENIZER)."""
+    if "GOLDEN_DATA" not in os.environ or "GOLDEN_TOKENIZER" not in os.environ:
+        pytest.skip("GOLDEN_DATA and GOLDEN_TOKENIZER name no development data")
+    model = Tokenizer(os.environ["GOLDEN_TOKENIZER"])
+    tokens = data.load_validation(os.environ["GOLDEN_DATA"], model.vocab_size)
     if tokens.size != 2_543_580 or not model.sha256.startswith("e817293cb5377489"):
         pytest.skip("other validation shards than those of the totals")
     wide = torch.from_numpy(tokens.astype(np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from kernels import KernelError, Ops, reference, select
 from tests.golden import GOLDEN, fill_model, golden_tokens, seed_parameter
 
 CPU = torch.device("cpu")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,7 @@ def test_losses_are_those_of_the_mean_and_of_the_last_positions(ops: Ops) -> Non
     torch.testing.assert_close(model.losses(x, y[:, -5:], depth, rotary), each[:, -5:])
 
 
+@pytest.mark.skipif(not COMPILER, reason="torch.compile wants a C++ compiler on a CPU")
 def test_compiled_graph_computes_the_same(ops: Ops) -> None:
     """The whole forward and backward is one graph (a break is an error) and computes what the eager model does."""
     config = tiny(num_layers=2, recur_layers=(1,))
@@ -262,7 +265,7 @@ def test_int6_linear_is_the_product_with_the_dequantised_matrix() -> None:
     torch.testing.assert_close(reference.int6_linear(x, codes, scales), x @ (codes * scales[:, None].float()).mT)
 
 
-def test_an_explicit_choice_of_kernels_never_falls_back() -> None:
+def test_an_explicit_choice_of_kernels_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelError, match="no triton implementation of rms_norm"):
         select("triton", torch.device("cuda"))
     with pytest.raises(KernelError, match="Triton kernels run on a GPU; found device cpu"):
@@ -272,6 +275,16 @@ def test_an_explicit_choice_of_kernels_never_falls_back() -> None:
         select("cuda", CPU)
     with pytest.raises(KernelError, match="no op 'nope'"):
         select("compiled,nope=reference", CPU)
+    with pytest.raises(KernelError, match="nothing is compiled on a reference base"):
+        select("reference,mlp=compiled", CPU)
+    with monkeypatch.context() as empty:
+        empty.setenv("PATH", "")
+        empty.delenv("CXX", raising=False)
+        with pytest.raises(KernelError, match=r"C\+\+ compiler"):
+            select("compiled", CPU)
+        select("reference", CPU)
+    if not COMPILER:
+        return
     chosen = select("compiled,attention=reference", CPU)
     assert chosen.names["attention"] == chosen.names["attention_mask"] == "reference"
     assert chosen.names["mlp"] == "compiled"

@@ -36,16 +36,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return path, data
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, arguments)])
-    quantize.main()
+def run(*arguments: str | Path) -> int:
+    return quantize.main([str(argument) for argument in arguments])
 
 
-def test_score(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_score(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, data = made
-    run(monkeypatch, "score", path, "--data-path", data, "--json", tmp_path / "score.json")
+    run("score", path, "--data-path", data, "--json", tmp_path / "score.json")
     record = json.loads((tmp_path / "score.json").read_text())
     printed = capsys.readouterr().out
     assert record["artifact_sha256"] == artifact.load(path).sha256
@@ -58,7 +55,7 @@ def test_score(
     for shown in (f"{plain['bpb']:.5f}", f"{sliding['bpb']:.5f}", record["artifact_sha256"], "fits", "attention"):
         assert shown in printed
 
-    run(monkeypatch, "score", path, "--data-path", data, "--sliding", "--stride", "16", "--json", tmp_path / "one.json")
+    run("score", path, "--data-path", data, "--sliding", "--stride", "16", "--json", tmp_path / "one.json")
     one = json.loads((tmp_path / "one.json").read_text())["scores"]
     assert one.keys() == {"sliding"}
     assert one["sliding"]["stride"] == 16
@@ -72,18 +69,16 @@ def test_score(
     assert two["scores"]["plain"]["nats"] == pytest.approx(plain["nats"], rel=1e-6)
 
 
-def test_sample_is_decided_by_the_seed(
-    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sample_is_decided_by_the_seed(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in ("1", "1", "2"):
-        run(monkeypatch, "sample", made[0], "--prompt", "The sea", "--tokens", "12", "--seed", seed)
+        run("sample", made[0], "--prompt", "The sea", "--tokens", "12", "--seed", seed)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("The sea")
 
 
-def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, data = made
     other = artifact.load(path)
     stranger = tmp_path / "stranger.pga"
@@ -97,11 +92,14 @@ def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, monkeypatc
         (("score", path, "--data-path", tmp_path), "no fineweb_val_"),
         (("score", path, "--data-path", data, "--context", "8", "--stride", "9"), "wanted stride <= context"),
         (("score", path, "--kernels", "magic"), "magic"),
+        (("score", path, "--json", tmp_path / "none/score.json"), "folder does not exist"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            run(monkeypatch, *arguments)
+        assert run(*arguments) == 2
+        errors = capsys.readouterr().err.strip()
+        assert message in errors
+        assert "\n" not in errors
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "sample", path, "--top-p", "1.5")
+        run("sample", path, "--top-p", "1.5")
 
 
 def test_generation_sees_its_context_and_stops() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -103,6 +104,7 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
         "curves.png",
         "model.pga",
         "summary.json",
+        "lock",
     }
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 8
@@ -263,6 +265,8 @@ def test_a_time_cap_ends_the_run_and_its_schedule(data: Path, tmp_path: Path) ->
         ({"TRAIN_BATCH_TOKENS": "100"}, "ConfigError: train_batch_tokens=100"),
         ({"RUN_ID": "taken"}, "RecordError: run folder .*taken exists"),
         ({"DEVICE": "cuda"}, "ConfigError: device=cuda"),
+        ({"GPTQ_CALIBRATION_BATCHES": "100000"}, "DataError: .*wanted 100000 batches"),
+        ({"RUNS_PATH": "/dev/null"}, "(NotADirectoryError|RecordError)"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -280,12 +284,14 @@ def test_what_is_wrong_is_said_in_one_line(
     if "DEVICE" in change and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "taken").mkdir()
+    before = set(tmp_path.iterdir())
     for name, value in {**small(data, tmp_path, "wrong"), **change}.items():
         monkeypatch.setenv(name, value)
     assert main([]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
     assert re.search(message, errors[0]), errors[0]
+    assert set(tmp_path.iterdir()) == before  # nothing in the way of the corrected command
 
 
 def test_two_processes_refuse_a_batch_that_does_not_divide(data: Path, tmp_path: Path) -> None:
@@ -320,7 +326,12 @@ def test_a_run_is_resumed_only_as_it_was(whole: tuple[Path, str], tmp_path: Path
         "ConfigError: --resume takes the run's own configuration"
         in train({}, "--resume", str(whole[0]), "--seed", "1").stderr
     )
+    changed = train({"SEED": "5"}, "--resume", str(whole[0]))
+    assert "--resume takes the run's own seed=1337; the environment sets SEED=5" in changed.stderr
     assert f"RecordError: {tmp_path} is not a run's folder" in train({}, "--resume", str(tmp_path)).stderr
+    with (whole[0] / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by another process" in train({}, "--resume", str(whole[0])).stderr
     damaged = tmp_path / "damaged"
     shutil.copytree(whole[0], damaged)
     content = bytearray((damaged / "checkpoint.pt").read_bytes())
