@@ -299,7 +299,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "micro_batch_tokens": 4096,
         "val_batch_size": 8192,
         "iterations": 150,
-        "max_wallclock_seconds": 220.0,
+        "max_wallclock_seconds": 250.0,
         "gptq_reserve_seconds": 10.0,
         "warmup_steps": 1,
         "muon_momentum": 0.95,
