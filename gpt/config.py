@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTIFACT_LIMIT = 16_000_000  # bytes, decimal, code included
+BOS = 1  # token that every document starts with
 
 # Names that the seed's script reads and for which only one value has a meaning here; any other value is refused.
 SEED_ONLY = {

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt.config import Config
-from gpt.tokenizer import BOS, ByteTable, DataError, Tokenizer, token_bytes
+from gpt.config import BOS, Config
+from gpt.tokenizer import ByteTable, DataError, Tokenizer, token_bytes
 
 __all__ = [
     "BOS",

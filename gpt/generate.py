@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gpt.model import BOS, GPT
+from gpt.config import BOS
+from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character (yet)

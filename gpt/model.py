@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import Config
+from gpt.config import BOS, Config
 from kernels import Ops, reference
 
-BOS = 1
 # Parameters that Muon trains: 3-D, one matrix a layer and use. Every other parameter is the embedding or a vector.
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt.config import build_config
-from gpt.data import BOS, DataError, Tokenizer, check_shards, open_shard, train_shards, val_shards, write_shard
+from gpt.config import BOS, build_config
+from gpt.data import DataError, Tokenizer, check_shards, open_shard, train_shards, val_shards, write_shard
 from gpt.tokenizer import train_tokenizer
 
 # Download.

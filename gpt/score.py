@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpt.config import BOS
 from gpt.data import ByteTable, DataError, token_bytes
 from gpt.distributed import Ranks
-from gpt.model import BOS, GPT
+from gpt.model import GPT
 
 Losses = Callable[[Tensor, Tensor, Sequence[int], tuple[Tensor, Tensor]], Tensor]
 

@@ -12,7 +12,8 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-BOS = 1  # starts every document
+from gpt.config import BOS
+
 SPACE = "\u2581"  # SentencePiece's mark for a space before a piece
 
 

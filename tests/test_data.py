@@ -24,9 +24,9 @@ import pytest
 import torch
 
 from gpt import data, prepare
-from gpt.config import ROOT, Config, ConfigError, build_config
+from gpt.config import BOS, ROOT, Config, ConfigError, build_config
 from gpt.data import BatchSource, DataError, Tokenizer, TrainLoader, calibration_batches, open_shard, write_shard
-from gpt.tokenizer import BOS, token_bytes, train_tokenizer
+from gpt.tokenizer import token_bytes, train_tokenizer
 
 SAMPLE = ROOT / "data/sample"
 SEQ = 8

@@ -12,10 +12,9 @@ import torch
 
 import quantize
 from gpt import artifact, pack
-from gpt.config import ROOT
+from gpt.config import BOS, ROOT
 from gpt.data import open_shard, val_shards, write_shard
 from gpt.generate import draw, generate, stream_text
-from gpt.model import BOS
 from gpt.tokenizer import Tokenizer
 from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
 
