@@ -17,6 +17,10 @@ from gpt.distributed import Ranks
 from gpt.model import BANKS, GPT
 from kernels import CLASSIC, POLAR_EXPRESS
 
+# The names that torch 2.13 gives to what torch 2.11 has under the others.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def coefficients(name: str, steps: int) -> tuple[tuple[float, float, float], ...]:
     """Newton-Schulz coefficients of `steps` iterations; name: "classic" or "polar-express"."""
@@ -129,7 +133,7 @@ class Optimizer:
             if padding:
                 gradient = torch.cat((gradient, gradient.new_zeros(padding, *gradient.shape[1:])))
             shard = gradient.new_empty(bank.momentum.shape)
-            work = dist.reduce_scatter_tensor(shard, gradient, op=dist.ReduceOp.AVG, async_op=True)
+            work = _reduce_scatter(shard, gradient, op=dist.ReduceOp.AVG, async_op=True)
             shards.append((shard, work))
         dist.all_reduce(bucket, op=dist.ReduceOp.AVG)
         for _, work in shards:
@@ -148,7 +152,7 @@ class Optimizer:
         if self.ranks.world_size == 1:
             return u, None
         whole = u.new_empty(bank.share * self.ranks.world_size, *u.shape[1:])
-        return whole, dist.all_gather_into_tensor(whole, u.contiguous(), async_op=True)
+        return whole, _all_gather(whole, u.contiguous(), async_op=True)
 
     def _apply(self, bank: _Bank, update: Tensor, work: Any, lr_factor: float) -> None:
         if work is not None:
@@ -168,7 +172,7 @@ class Optimizer:
             whole = bank.momentum
             if self.ranks.world_size > 1:
                 whole = whole.new_empty(bank.share * self.ranks.world_size, *whole.shape[1:])
-                dist.all_gather_into_tensor(whole, bank.momentum)
+                _all_gather(whole, bank.momentum)
             momentum.append(whole[: bank.count])
         return {"momentum": momentum, "adamw": self.adamw.state_dict(), "ema": self.ema_state()}
 
