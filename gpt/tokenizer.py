@@ -57,8 +57,8 @@ class Tokenizer:
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(
-                f"{self.path}: no tokenizer there; `python -m gpt.data download` gets the field's, "
-                "wanted the SentencePiece model that the shards were encoded with"
+                f"{self.path}: no tokenizer there; wanted the SentencePiece model that the shards were encoded with "
+                "(`python -m gpt.data download` gets the field's)"
             )
         model = self.path.read_bytes()
         self.sha256 = hashlib.sha256(model).hexdigest()
