@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 from gpt.artifact import MAX_TOKENS, Artifact, ArtifactError, count_code, load
@@ -88,9 +87,7 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
             "depth": artifact.depth,
             "kernels": ops.names,
             "world_size": ranks.world_size,
-            "scores": {
-                name: asdict(s) | {"bpb": s.bpb, "nats_per_token": s.nats_per_token} for name, s in scores.items()
-            },
+            "scores": {name: score.as_dict() for name, score in scores.items()},
         }
         write_atomic(arguments.json, json.dumps(record, indent=2).encode() + b"\n")
 

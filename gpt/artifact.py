@@ -29,7 +29,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from gpt.config import Config
+from gpt.config import MACHINE, Config
 from gpt.gptq import INPUTS, LEVELS, Quantised
 from gpt.model import GPT
 from gpt.record import write_atomic
@@ -44,8 +44,6 @@ MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_TOKENS = 1 << 20  # of a row
 MAX_BATCH = 1 << 24  # tokens
 MAX_DEPTH = 1 << 10  # virtual layers
-# What is left out of the stored configuration: where things are on the machine that trained it.
-MACHINE = {"data_path", "tokenizer_path", "runs_path", "run_id", "device"}
 # Program files that a submission carries.
 CODE = ("train.py", "quantize.py", "gpt/**/*.py", "gpt/**/*.json", "kernels/**/*.py", "kernels/**/*.json")
 

@@ -58,8 +58,7 @@ class Clock:
         """Note a step that was just launched at training second `launched`."""
         stats = torch.stack((loss.detach().double(), norm.double(), torch.zeros_like(loss, dtype=torch.float64)))
         stats[2] = launched
-        if self.ranks.world_size > 1:
-            dist.all_reduce(stats, op=dist.ReduceOp.AVG)
+        self.ranks.all_reduce(stats, dist.ReduceOp.AVG)
         if stats.is_cuda:
             host = torch.empty(3, dtype=torch.float64, pin_memory=True)
             host.copy_(stats, non_blocking=True)

@@ -19,6 +19,8 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 ROOT = Path(__file__).resolve().parent.parent
 ARTIFACT_LIMIT = 16_000_000  # bytes, decimal, code included
 BOS = 1  # token that every document starts with
+# Settings that say where things are on one machine; neither fingerprint nor artifact holds them.
+MACHINE = {"data_path", "tokenizer_path", "runs_path", "run_id", "device"}
 
 # Names that the seed's script reads and for which only one value has a meaning here; any other value is refused.
 SEED_ONLY = {
@@ -219,7 +221,7 @@ class Config(BaseModel):
 
     def fingerprint(self) -> str:
         """sha256 of the settings that define the model and its training; machine paths do not count."""
-        portable = self.model_dump_json(exclude={"data_path", "tokenizer_path", "runs_path", "run_id", "device"})
+        portable = self.model_dump_json(exclude=MACHINE)
         return hashlib.sha256(portable.encode()).hexdigest()
 
     @model_validator(mode="after")
@@ -398,7 +400,7 @@ def build_config(**settings: Any) -> Config:
         raise ConfigError(_describe(error)) from None
 
 
-def load_config(arguments: Sequence[str], prog: str = "train.py") -> Config:
+def load_config(arguments: Sequence[str]) -> Config:
     """A Config from command-line arguments, the environment and a preset.
 
     Raises ConfigError for a malformed or contradictory setting; an unknown option ends the program with argparse's
@@ -412,7 +414,7 @@ def load_config(arguments: Sequence[str], prog: str = "train.py") -> Config:
             raise ConfigError(f"preset={preset!r}: wanted one of {', '.join(PRESETS)}")
         settings = _Settings(
             _cli_parse_args=list(arguments),  # type: ignore[call-arg]
-            _cli_prog_name=prog,
+            _cli_prog_name="train.py",
             **PRESETS[preset],
         )
         return Config(**{**settings.model_dump(), "preset": preset})

@@ -95,7 +95,7 @@ class Optimizer:
         """Update weights and EMA from the gradients, which are freed. Returns the gradient norm before clipping, ()."""
         config = self.config
         shards, bucket = self._reduce()
-        squares = torch.stack([g.float().square().sum() for g, _ in shards]).sum()
+        squares = torch.stack([g.float().square().sum() for g in shards]).sum()
         self.ranks.all_reduce(squares)
         norm = (squares + bucket.square().sum()).sqrt()
         clip = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0) if config.grad_clip_norm else norm.new_ones(())
@@ -109,7 +109,7 @@ class Optimizer:
 
         momentum = self.momentum_at(step)
         gathered: list[tuple[_Bank, Tensor, Any]] = []
-        for bank, (gradient, _) in zip(self.banks, shards, strict=True):
+        for bank, gradient in zip(self.banks, shards, strict=True):
             u = self._direction(bank, gradient.float() * clip, momentum)
             gathered.append((bank, *self._gather(bank, u)))
             if len(gathered) > 1:
@@ -121,22 +121,22 @@ class Optimizer:
             p.grad = None
         return norm
 
-    def _reduce(self) -> tuple[list[tuple[Tensor, Any]], Tensor]:
+    def _reduce(self) -> tuple[list[Tensor], Tensor]:
         """This rank's share of each bank's mean gradient, and the flat mean gradient of the rest (float32)."""
         bucket = _flatten_dense_tensors([_gradient(p) for p in self.rest])
         if self.ranks.world_size == 1:
-            return [(_gradient(bank.parameter), None) for bank in self.banks], bucket
-        shards = []
+            return [_gradient(bank.parameter) for bank in self.banks], bucket
+        shards, works = [], []
         for bank in self.banks:
             gradient = _gradient(bank.parameter).to(self.model.dtype)
             padding = bank.share * self.ranks.world_size - bank.count
             if padding:
                 gradient = torch.cat((gradient, gradient.new_zeros(padding, *gradient.shape[1:])))
             shard = gradient.new_empty(bank.momentum.shape)
-            work = _reduce_scatter(shard, gradient, op=dist.ReduceOp.AVG, async_op=True)
-            shards.append((shard, work))
+            works.append(_reduce_scatter(shard, gradient, op=dist.ReduceOp.AVG, async_op=True))
+            shards.append(shard)
         dist.all_reduce(bucket, op=dist.ReduceOp.AVG)
-        for _, work in shards:
+        for work in works:
             work.wait()
         return shards, bucket
 

@@ -16,9 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -32,14 +34,21 @@ class RecordError(ValueError):
     """A run's folder is missing, taken, damaged or belongs to another configuration."""
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name once it is whole and on the disk, and never if the writing fails."""
     partial = path.with_name(path.name + ".part")
     with partial.open("wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:
@@ -164,12 +173,8 @@ class Run:
 
         def write() -> None:
             try:
-                partial = self.path / "checkpoint.pt.part"
-                with partial.open("wb") as file:
+                with whole_file(self.path / "checkpoint.pt") as file:
                     torch.save(copied, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(self.path / "checkpoint.pt")
             except BaseException as error:
                 self._failure = error
 
@@ -226,9 +231,8 @@ class Run:
         loss.set_title(self.path.name)
         for axis in (loss, rate):
             axis.grid(alpha=0.25)
-        partial = self.path / "curves.png.part"
-        figure.savefig(partial, format="png", dpi=120)
-        partial.replace(self.path / "curves.png")
+        with whole_file(self.path / "curves.png") as file:
+            figure.savefig(file, format="png", dpi=120)
 
 
 def _to_host(value: Any) -> Any:

@@ -48,18 +48,7 @@ def summarise(
         else None,
         "train_loss": trained.train_loss if math.isfinite(trained.train_loss) else None,
         "depth": trained.depth,
-        "scores": {
-            name: {
-                "bpb": score.bpb,
-                "nats_per_token": score.nats_per_token,
-                "tokens": score.tokens,
-                "bytes": score.bytes,
-                "context": score.context,
-                "stride": score.stride,
-                "seconds": round(score.seconds, 3),
-            }
-            for name, score in scores.items()
-        },
+        "scores": {name: score.as_dict() for name, score in scores.items()},
         "artifact": packed.as_dict(),
     }
 

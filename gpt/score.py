@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,10 @@ class Score:
     context: int
     stride: int
     seconds: float  # of scoring, without compiling
+
+    def as_dict(self) -> dict[str, float]:
+        """For a record, as JSON can hold it."""
+        return asdict(self) | {"bpb": self.bpb, "nats_per_token": self.nats_per_token}
 
     @property
     def nats_per_token(self) -> float:

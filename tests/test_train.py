@@ -65,10 +65,16 @@ def environ(settings: dict[str, str]) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **settings}
 
 
+def run_program(arguments: list[str], settings: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, env=environ(settings), capture_output=True, text=True, timeout=300, check=False)
+
+
 def train(settings: dict[str, str], *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(processes, arguments), env=environ(settings), capture_output=True, text=True, timeout=300, check=False
-    )
+    return run_program(command(processes, arguments), settings)
+
+
+def quantize(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_program([sys.executable, str(ROOT / "quantize.py"), *map(str, arguments)], {})
 
 
 def small(data: Path, runs: Path, name: str, **settings: str) -> dict[str, str]:
@@ -139,23 +145,7 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
 
 def test_the_artifact_alone_scores_what_the_run_scored(whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
     run, _ = whole
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "quantize.py"),
-            "score",
-            str(run / "model.pga"),
-            "--data-path",
-            str(data),
-            "--json",
-            str(tmp_path / "score.json"),
-        ],
-        env=environ({}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = quantize("score", run / "model.pga", "--data-path", data, "--json", tmp_path / "score.json")
     assert done.returncode == 0, done.stderr
     scores = json.loads((run / "summary.json").read_text())["scores"]
     for text in (f"{scores['artifact']['bpb']:.4f}", f"{scores['artifact_sliding']['bpb']:.4f}"):
@@ -305,14 +295,7 @@ def test_a_finished_run_is_packed_again(whole: tuple[Path, str], tmp_path: Path)
     sizes = []
     for arguments in ((), ("--clip-sigmas", "20")):
         out = tmp_path / "again.pga"
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "quantize.py"), "pack", str(whole[0]), "--out", str(out), *arguments],
-            env=environ({}),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = quantize("pack", whole[0], "--out", out, *arguments)
         assert done.returncode == 0, done.stderr
         assert load(out).sha256 in done.stdout
         sizes.append(out.stat().st_size)
