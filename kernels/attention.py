@@ -155,7 +155,7 @@ def attention_fwd_kernel(
 @triton.jit
 def attention_bwd_prepare_kernel(
     g, v, document_starts, z, s, grad_y, delta, grad_v, document_ends,
-    stride_gb, stride_gt, stride_gh, stride_vb, stride_vt, stride_vh,
+    stride_gb, stride_gt, stride_gh, stride_vb, stride_vt, stride_vh, stride_grad_v,
     T, T_PAD, H, G,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +192,7 @@ def attention_bwd_prepare_kernel(
         b_us += b_u * b_s
     b_us = tl.where(b_norm > _NORM_FLOOR, -b_us, b_us)
     b_x = -(b_x + b_us[:, None] * b_v) * b_inverse[:, None]
-    p_gv = grad_v + ((batch * T + o_t64[:, None]) * G + kv_head) * D + o_d[None, :]
+    p_gv = grad_v + (batch * T + o_t64[:, None]) * stride_grad_v + kv_head * D + o_d[None, :]
     tl.store(p_gv, b_x.to(grad_v.dtype.element_ty), mask=m_t[:, None])
 
     if DOCUMENTS:  # noqa: SIM102 (a compile-time condition)
@@ -246,7 +246,7 @@ def attention_bwd_dkdv_tiles(
 @triton.jit
 def attention_bwd_dkdv_kernel(
     q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_k, grad_v,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_grad_kv,
     T, T_PAD, H, G, kv_heads, chunk, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     DOCUMENTS: tl.constexpr,
@@ -298,7 +298,7 @@ def attention_bwd_dkdv_kernel(
                 b_gk, b_gv, b_k, b_v, p_q, p_gy, p_lse, p_delta, stride_qt, H * D, p_start, o_n, whole, end,
                 scale_log2, T, D, BLOCK_M, True, DOCUMENTS,
             )  # fmt: skip
-    o_out = ((batch * T + o_n64) * G + kv_head) * D + o_d[None, :]
+    o_out = (batch * T + o_n64) * stride_grad_kv + kv_head * D + o_d[None, :]
     tl.store(grad_k + o_out, (b_gk * scale).to(grad_k.dtype.element_ty), mask=m_n)
     b_gv += tl.load(grad_v + o_out, mask=m_n, other=0.0).to(tl.float32)
     tl.store(grad_v + o_out, b_gv.to(grad_v.dtype.element_ty), mask=m_n)
@@ -331,7 +331,7 @@ def attention_bwd_dq_tiles(
 @triton.jit
 def attention_bwd_dq_kernel(
     q, k, v, document_starts, grad_y, lse, delta, grad_q,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_grad_q,
     T, T_PAD, H, heads, chunk, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -380,7 +380,8 @@ def attention_bwd_dq_kernel(
             b_gq, b_q, b_gy, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, o_m, b_start, start, whole, scale_log2, T,
             D, BLOCK_N, True, DOCUMENTS,
         )  # fmt: skip
-    tl.store(grad_q + o_out, (b_gq * scale).to(grad_q.dtype.element_ty), mask=m_m[:, None])
+    p_gq = grad_q + (batch * T + o_m64) * stride_grad_q + head * D + o_d[None, :]
+    tl.store(p_gq, (b_gq * scale).to(grad_q.dtype.element_ty), mask=m_m[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------- launching
@@ -454,24 +455,24 @@ def _backward(
     s: torch.Tensor,
     lse: torch.Tensor,
     deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_q: torch.Tensor,  # the gradients are written here; they may be parts of one tensor (B, T, heads, D)
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+) -> None:
     batch, length, heads, dim = q.shape
     kv = k.shape[2]
     documents = document_starts is not None
     scale = 1.0 / math.sqrt(dim)
     if g.stride(-1) != 1:
         g = g.contiguous()
-    grad_q, grad_y = torch.empty_like(z), torch.empty_like(z)
-    grad_k = torch.empty((batch, length, kv, dim), dtype=k.dtype, device=k.device)
-    grad_v = torch.empty_like(grad_k)
-    delta = torch.empty_like(lse)
+    grad_y, delta = torch.empty_like(z), torch.empty_like(lse)
     config = _config(q)
 
     prepare = dict(config["prepare"])
     blocks = triton.cdiv(length, prepare["BLOCK_T"])
     document_ends = torch.empty((batch, blocks, 2), dtype=torch.int32, device=q.device) if documents else None
     attention_bwd_prepare_kernel[(batch * kv, blocks)](
-        g, v, document_starts, z, s, grad_y, delta, grad_v, document_ends, *_strides(g), *_strides(v),
+        g, v, document_starts, z, s, grad_y, delta, grad_v, document_ends, *_strides(g), *_strides(v), grad_v.stride(1),
         length, s.shape[-1], heads, kv, GROUP=heads // kv, D=dim, CHUNK=1024, DOCUMENTS=documents, **prepare,
     )  # fmt: skip
     if "backward_hopper" in config and not deterministic and _copyable(q, k, v, document_starts):
@@ -479,22 +480,22 @@ def _backward(
             q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_q, grad_k, grad_v,
             config["backward_hopper"], _gpu(q.device)[1],
         )  # fmt: skip
-        return grad_q, grad_k, grad_v
+        return
 
     grad_kv = dict(config["grad_kv"])
     attention_bwd_dkdv_kernel[(triton.cdiv(length, grad_kv["BLOCK_N"]) * batch * kv,)](
         q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_k, grad_v,
-        *_strides(q), *_strides(k), *_strides(v),
+        *_strides(q), *_strides(k), *_strides(v), grad_k.stride(1),
         length, s.shape[-1], heads, kv, batch * kv, grad_kv.pop("chunk"), scale, scale * LOG2E,
         GROUP=heads // kv, D=dim, BLOCK_T=prepare["BLOCK_T"], DOCUMENTS=documents, **grad_kv,
     )  # fmt: skip
     grad_q_config = dict(config["grad_q"])
     attention_bwd_dq_kernel[(triton.cdiv(length, grad_q_config["BLOCK_M"]) * batch * heads,)](
-        q, k, v, document_starts, grad_y, lse, delta, grad_q, *_strides(q), *_strides(k), *_strides(v),
+        q, k, v, document_starts, grad_y, lse, delta, grad_q,
+        *_strides(q), *_strides(k), *_strides(v), grad_q.stride(1),
         length, s.shape[-1], heads, batch * heads, grad_q_config.pop("chunk"), scale, scale * LOG2E,
         GROUP=heads // kv, D=dim, DOCUMENTS=documents, **grad_q_config,
     )  # fmt: skip
-    return grad_q, grad_k, grad_v
 
 
 # ---------------------------------------------------------------------------------------------------- registration
@@ -505,11 +506,15 @@ def attention_op(
     return _forward(q, k, v, document_starts)
 
 
+def _fake(x: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, length, _, dim = x.shape
+    rows = x.new_empty((batch, heads, (length + 127) // 128 * 128), dtype=torch.float32)
+    return x.new_empty((batch, length, heads, dim)), rows, torch.empty_like(rows)
+
+
 @attention_op.register_fake
 def _(q, k, v, document_starts, deterministic):
-    batch, length, heads, dim = q.shape
-    rows = q.new_empty((batch, heads, (length + 127) // 128 * 128), dtype=torch.float32)
-    return q.new_empty((batch, length, heads, dim)), rows, torch.empty_like(rows)
+    return _fake(q, q.shape[2])
 
 
 @torch.library.custom_op("golf::attention_backward", mutates_args=())
@@ -517,7 +522,9 @@ def attention_backward_op(
     g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_starts: torch.Tensor | None,
     z: torch.Tensor, s: torch.Tensor, lse: torch.Tensor, deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _backward(g, q, k, v, document_starts, z, s, lse, deterministic)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _backward(g, q, k, v, document_starts, z, s, lse, deterministic, *grads)
+    return grads
 
 
 @attention_backward_op.register_fake
@@ -541,6 +548,54 @@ def _differentiate(ctx, g, *_):
 attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
+def _parts(qkv: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return qkv.split([qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads], 2)
+
+
+@torch.library.custom_op("golf::attention_qkv", mutates_args=())
+def attention_qkv_op(
+    qkv: torch.Tensor, kv_heads: int, document_starts: torch.Tensor | None, deterministic: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _forward(*_parts(qkv, kv_heads), document_starts)
+
+
+@attention_qkv_op.register_fake
+def _(qkv, kv_heads, document_starts, deterministic):
+    return _fake(qkv, qkv.shape[2] - 2 * kv_heads)
+
+
+@torch.library.custom_op("golf::attention_qkv_backward", mutates_args=())
+def attention_qkv_backward_op(
+    g: torch.Tensor, qkv: torch.Tensor, document_starts: torch.Tensor | None,
+    z: torch.Tensor, s: torch.Tensor, lse: torch.Tensor, kv_heads: int, deterministic: bool,
+) -> torch.Tensor:  # fmt: skip
+    grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    parts = _parts(qkv, kv_heads)
+    _backward(g, *parts, document_starts, z, s, lse, deterministic, *_parts(grad, kv_heads))
+    return grad
+
+
+@attention_qkv_backward_op.register_fake
+def _(g, qkv, document_starts, z, s, lse, kv_heads, deterministic):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_qkv(ctx, inputs, output):
+    qkv, ctx.kv_heads, document_starts, ctx.deterministic = inputs
+    ctx.save_for_backward(qkv, document_starts, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_qkv(ctx, g, *_):
+    grad = None
+    if g is not None:
+        grad = torch.ops.golf.attention_qkv_backward(g, *ctx.saved_tensors, ctx.kv_heads, ctx.deterministic)
+    return grad, None, None, None
+
+
+attention_qkv_op.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
+
+
 # ---------------------------------------------------------------------------------------------------------- public
 def document_starts(
     starts: torch.Tensor,  # (B, T) bool, True on the first token of a document
@@ -550,26 +605,7 @@ def document_starts(
     return torch.where(starts, position, 0).cummax(1).values
 
 
-def attention(
-    q: torch.Tensor,  # (B, T, H, D)
-    k: torch.Tensor,  # (B, T, G, D)
-    v: torch.Tensor,  # (B, T, G, D)
-    document_starts: torch.Tensor | None = None,  # (B, T)
-    deterministic: bool = False,
-) -> torch.Tensor:  # (B, T, H, D)
-    """Causal grouped-query attention followed by XSA, differentiable in q, k and v.
-
-    q, k, v (torch.Tensor):
-        Queries ``[B, T, H, D]``, keys and values ``[B, T, G, D]``, H a multiple of G, D 64 or 128, all bf16 or all
-        fp16, the last dimension contiguous.
-    document_starts (torch.Tensor):
-        int32 ``[B, T]``, contiguous: the position in its row of the first token of each token's document, which does
-        not decrease along the row. A query sees the keys of its own document only. Default: ``None``, one document a
-        row.
-    deterministic (bool):
-        Sum the gradients in a fixed order, so that repeated runs agree to the bit. The default adds grad_q atomically
-        on Hopper and is faster there; elsewhere both are the same. Default: ``False``.
-    """
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_starts: torch.Tensor | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             "attention wants q (B, T, H, D) and k, v (B, T, G, D); "
@@ -605,4 +641,43 @@ def attention(
             raise ValueError(f"attention wants the last dimension contiguous; got {name} with strides {x.stride()}")
         if x.stride(1) * x.shape[1] >= 2**31:
             raise ValueError(f"attention wants rows of fewer than 2**31 elements; got {name} with strides {x.stride()}")
+
+
+def attention(
+    q: torch.Tensor,  # (B, T, H, D)
+    k: torch.Tensor,  # (B, T, G, D)
+    v: torch.Tensor,  # (B, T, G, D)
+    document_starts: torch.Tensor | None = None,  # (B, T)
+    deterministic: bool = False,
+) -> torch.Tensor:  # (B, T, H, D)
+    """Causal grouped-query attention followed by XSA, differentiable in q, k and v.
+
+    q, k, v (torch.Tensor):
+        Queries ``[B, T, H, D]``, keys and values ``[B, T, G, D]``, H a multiple of G, D 64 or 128, all bf16 or all
+        fp16, the last dimension contiguous.
+    document_starts (torch.Tensor):
+        int32 ``[B, T]``, contiguous: the position in its row of the first token of each token's document, which does
+        not decrease along the row. A query sees the keys of its own document only. Default: ``None``, one document a
+        row.
+    deterministic (bool):
+        Sum the gradients in a fixed order, so that repeated runs agree to the bit. The default adds grad_q atomically
+        on Hopper and is faster there; elsewhere both are the same. Default: ``False``.
+    """
+    _check(q, k, v, document_starts)
     return torch.ops.golf.attention(q, k, v, document_starts, deterministic)[0]
+
+
+def attention_qkv(
+    qkv: torch.Tensor,  # (B, T, H + 2 G, D)
+    kv_heads: int,  # G
+    document_starts: torch.Tensor | None = None,  # (B, T)
+    deterministic: bool = False,
+) -> torch.Tensor:  # (B, T, H, D)
+    """`attention` of the heads of one tensor, H of queries, G of keys, G of values; its gradient is one tensor too."""
+    if qkv.dim() != 4 or not 0 < 2 * kv_heads < qkv.shape[2]:
+        raise ValueError(
+            "attention_qkv wants qkv (B, T, H + 2 G, D) and G as kv_heads; "
+            f"got qkv {tuple(qkv.shape)}, kv_heads {kv_heads}"
+        )
+    _check(*_parts(qkv, kv_heads), document_starts)
+    return torch.ops.golf.attention_qkv(qkv, kv_heads, document_starts, deterministic)[0]

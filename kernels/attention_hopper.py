@@ -3,9 +3,10 @@
 Both directions are persistent: each program claims tiles from a counter until none is left. One producer warp claims
 and copies; the other warpgroups compute, and overlap because each is at another point of its own work.
 
-Forward: a team is a producer and two consumer warpgroups, each with 64 query rows of one head (of two heads of one KV
-group where the group is even). p V of one key tile and the scores of the next are issued together. For D = 64 two teams
-share a processor, so that one computes while the other starts or ends a tile.
+Forward: two consumer warpgroups, each with 64 query rows of one head (of two heads of one KV group where the group is
+even). For D = 64 two programs share a processor, so that one computes while the other starts or ends a tile; four
+consumers in one program are slower. There p V is finished before the next scores begin: in flight together they want
+more registers than two programs leave, and ptxas then waits for every single instruction.
 
 Backward: a program owns 128 keys of one KV head and walks the query tiles of its group's heads. Each of two consumer
 warpgroups owns 64 keys: scores and dP are transposed, so that p and dS feed the products for grad_v and grad_k from
@@ -59,18 +60,21 @@ def receive(s_tile, tile_full, tile_empty, turn):
 @gluon.jit
 def attention_fwd_produce(
     d_q, d_k, d_v, d_own, d_starts, document_starts, counter, buffers, barriers, T, H, heads, chunk, tiles,
-    TEAM: gl.constexpr, TEAMS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, CONSUMERS: gl.constexpr,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """Take tiles from the shared counter, longest rows first within a chunk of heads, whose keys and values stay in the
-    L2 cache; tell the consumers the batch (-1 after the last tile), first head, first row and first key tile; copy."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, own_full, own_empty, tile_full, tile_empty = barriers
-    s_q, s_own, s_k, s_v, _s_out, s_starts, s_tile = buffers
+    L2 cache; tell the consumers the batch (-1 after the last tile), first head, first row and first key tile; copy.
+
+    The keys of the first key tile come with the queries; then each stage holds the values of one key tile and the keys
+    of the next, which are multiplied one after the other."""
+    q_full, q_empty, kv_full, kv_empty, own_full, own_empty, tile_full, tile_empty = barriers
+    s_q, s_first, s_own, s_k, s_v, _s_out, s_starts, s_tile = buffers
     TILE_M: gl.constexpr = ROWS * CONSUMERS // HEADS
     step = 0
     turn = 0
     tiles_m = gl.cdiv(T, TILE_M)
-    tile = gl.program_id(0) * TEAMS + TEAM
+    tile = gl.program_id(0)
     while tile < tiles:
         first = (tile // (chunk * tiles_m)) * chunk
         width = gl.minimum(chunk, heads // HEADS - first)
@@ -86,7 +90,8 @@ def attention_fwd_produce(
         end = gl.cdiv(gl.minimum(m_first + TILE_M, T), BLOCK_N)
         kv_head = head // GROUP
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, CONSUMERS * ROWS * D * 2 + (TILE_M * 4 if DOCUMENTS else 0))
+        mbarrier.expect(q_full, (CONSUMERS * ROWS + BLOCK_N) * D * 2 + (TILE_M * 4 if DOCUMENTS else 0))
+        tma.async_copy_global_to_shared(d_k, [batch, (end - 1) * BLOCK_N, kv_head, 0], q_full, s_first)
         if DOCUMENTS:
             for i in gl.static_range(TILE_M // ROWS):
                 tma.async_copy_global_to_shared(d_starts, [batch * T + m_first + i * ROWS], q_full, s_starts.index(i))
@@ -96,16 +101,15 @@ def attention_fwd_produce(
             )
         for n in range(end - 1, start - 1, -1):
             stage = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)
+            mbarrier.wait(kv_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            more = n > start
+            mbarrier.expect(kv_full.index(stage), 2 * BLOCK_N * D * 2, pred=more)
+            mbarrier.expect(kv_full.index(stage), BLOCK_N * D * 2, pred=n == start)
             tma.async_copy_global_to_shared(
-                d_k, [batch, n * BLOCK_N, kv_head, 0], k_full.index(stage), s_k.index(stage)
+                d_v, [batch, n * BLOCK_N, kv_head, 0], kv_full.index(stage), s_v.index(stage)
             )
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), BLOCK_N * D * 2)
             tma.async_copy_global_to_shared(
-                d_v, [batch, n * BLOCK_N, kv_head, 0], v_full.index(stage), s_v.index(stage)
+                d_k, [batch, (n - 1) * BLOCK_N, kv_head, 0], kv_full.index(stage), s_k.index(stage), pred=more
             )
             step += 1
         # The queries' own values, for XSA.
@@ -115,7 +119,7 @@ def attention_fwd_produce(
             tma.async_copy_global_to_shared(d_own, [batch, m_first + i * ROWS, kv_head, 0], own_full, s_own.index(i))
         turn += 1
         # Claimed only now, so that no program holds a tile that an idle one could take.
-        tile = gl.atomic_add(counter, 1) + gl.num_programs(0) * TEAMS
+        tile = gl.atomic_add(counter, 1) + gl.num_programs(0)
     publish(s_tile, tile_full, tile_empty, turn, gl.to_tensor(-1), 0, 0, gl.to_tensor(0))
 
 
@@ -142,8 +146,8 @@ def attention_fwd_consume(
     INDEX: gl.constexpr, HEADS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, own_full, own_empty, tile_full, tile_empty = barriers
-    s_q, s_own, s_k, s_v, s_out, s_starts, s_tile = buffers
+    q_full, q_empty, kv_full, kv_empty, own_full, own_empty, tile_full, tile_empty = barriers
+    s_q, s_first, s_own, s_k, s_v, s_out, s_starts, s_tile = buffers
     TILE_M: gl.constexpr = ROWS * CONSUMERS // HEADS
     dtype: gl.constexpr = s_q.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -170,43 +174,40 @@ def attention_fwd_consume(
             if row + ROWS > T:
                 whole = end
 
-        stage = step % STAGES
-        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         # [ROWS, BLOCK_N]
         b_s = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-        b_k = s_k.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
-        b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=False, is_async=True)
+        b_s = warpgroup_mma(b_q, s_first.reshape([BLOCK_N, D]).permute((1, 0)), b_s, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
-        mbarrier.arrive(k_empty.index(stage), count=1)
         # Finite, for rows to which a whole tile is hidden.
         b_max = gl.full([ROWS], -1.0e30, gl.float32, gl.SliceLayout(1, s_layout))
-        b_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+        # A thread holds two columns of every eight of a row: sums of those here, over threads after the last tile.
+        b_sum = gl.sum(gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout).reshape([ROWS, BLOCK_N // 8, 8]), 1)
+        sum_layout: gl.constexpr = b_sum.type.layout
         b_acc = gl.zeros([ROWS, D], gl.float32, y_layout)
         for n in range(end - 1, start - 1, -1):
             stage = step % STAGES
-            phase = (step // STAGES) & 1
             b_s = attention_fwd_mask(b_s, o_m, b_start, row, whole, n, BLOCK_N, DOCUMENTS, s_layout)
             b_new = gl.maximum(b_max, gl.max(b_s, 1))
             b_alpha = gl.exp2((b_max - b_new) * scale_log2)
             b_p = gl.exp2(b_s * scale_log2 - (b_new * scale_log2)[:, None])
-            b_sum = b_sum * b_alpha + gl.sum(b_p, 1)
+            b_sum = b_sum * gl.convert_layout(b_alpha, gl.SliceLayout(1, sum_layout))[:, None]
+            b_sum += gl.sum(b_p.reshape([ROWS, BLOCK_N // 8, 8]), 1)
             b_max = b_new
             b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, y_layout))[:, None]
             b_pc = gl.convert_layout(b_p.to(dtype), p_operand)
-            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.wait(kv_full.index(stage), (step // STAGES) & 1)
             b_acc = warpgroup_mma(b_pc, s_v.index(stage).reshape([BLOCK_N, D]), b_acc, is_async=True)
-            # The next scores right behind; after the last tile they are made of whatever is there and not used.
-            step += 1
-            next_stage = step % STAGES
-            mbarrier.wait(k_full.index(next_stage), (step // STAGES) & 1, pred=n > start)
+            if D == 64:
+                b_acc, b_pc = warpgroup_mma_wait(0, deps=[b_acc, b_pc])
+            # The next scores; after the last key tile they are made of whatever is there and not used.
             b_s = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-            b_k = s_k.index(next_stage).reshape([BLOCK_N, D]).permute((1, 0))
+            b_k = s_k.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
             b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=False, is_async=True)
-            b_acc, b_pc = warpgroup_mma_wait(1, deps=[b_acc, b_pc])
-            mbarrier.arrive(v_empty.index(stage), count=1)
-            b_s = warpgroup_mma_wait(0, deps=[b_s])
-            mbarrier.arrive(k_empty.index(next_stage), count=1, pred=n > start)
+            b_acc, b_s, b_pc = warpgroup_mma_wait(0, deps=[b_acc, b_s, b_pc])
+            mbarrier.arrive(kv_empty.index(stage), count=1)
+            step += 1
         mbarrier.arrive(q_empty, count=1)
+        b_sum = gl.convert_layout(gl.sum(b_sum, 1), gl.SliceLayout(1, s_layout))
 
         # XSA: take out of y its part along the token's own value.
         mbarrier.wait(own_full, turn & 1)
@@ -230,15 +231,17 @@ def attention_fwd_consume(
 
 
 @gluon.jit
-def attention_fwd_team(
-    d_q, d_k, d_v, d_own, d_out, d_starts,
-    HEADS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    DOCUMENTS: gl.constexpr,
+def attention_fwd_hopper_kernel(
+    d_q, d_k, d_v, d_own, d_out, d_starts, document_starts, s, lse, counter,
+    T, T_PAD, H, heads, chunk, tiles, scale_log2,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory and barriers of one team: a producer and its consumers."""
+    CONSUMERS: gl.constexpr = 2
     dtype: gl.constexpr = d_q.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     s_q = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, D], d_q.layout)
+    s_first = gl.allocate_shared_memory(dtype, [1, BLOCK_N, 1, D], d_k.layout)
     s_own = gl.allocate_shared_memory(dtype, [CONSUMERS // HEADS, 1, ROWS, 1, D], d_own.layout)
     s_out = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, D], d_out.layout)
     s_k = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], d_k.layout)
@@ -249,82 +252,38 @@ def attention_fwd_team(
         s_starts = gl.allocate_shared_memory(gl.int32, [CONSUMERS // HEADS, ROWS], d_starts.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
-    own_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    own_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=CONSUMERS)
-    mbarrier.init(own_full, count=1)
-    mbarrier.init(own_empty, count=CONSUMERS)
+    kv_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    own_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    own_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
     for i in gl.static_range(2):
         mbarrier.init(tile_full.index(i), count=1)
         mbarrier.init(tile_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    buffers = (s_q, s_own, s_k, s_v, s_out, s_starts, s_tile)
-    return buffers, (q_full, q_empty, k_full, k_empty, v_full, v_empty, own_full, own_empty, tile_full, tile_empty)
-
-
-@gluon.jit
-def attention_fwd_hopper_kernel(
-    d_q, d_k, d_v, d_own, d_out, d_starts, document_starts, s, lse, counter,
-    T, T_PAD, H, heads, chunk, tiles, scale_log2,
-    GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    TEAMS: gl.constexpr, REGISTERS: gl.constexpr, DOCUMENTS: gl.constexpr,
-):  # fmt: skip
-    CONSUMERS: gl.constexpr = 2
-    buffers, barriers = attention_fwd_team(
-        d_q, d_k, d_v, d_own, d_out, d_starts, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS
-    )
-    if TEAMS == 1:
-        fence_async_shared()
-        gl.warp_specialize(
-            [
-                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
-                                         0, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
-                                         1, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-                (attention_fwd_produce, (d_q, d_k, d_v, d_own, d_starts, document_starts, counter, buffers, barriers,
-                                         T, H, heads, chunk, tiles,
-                                         0, TEAMS, GROUP, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )  # fmt: skip
-    else:
-        # Two teams on tiles of their own: one computes while the other starts or ends a tile.
-        more_buffers, more_barriers = attention_fwd_team(
-            d_q, d_k, d_v, d_own, d_out, d_starts, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS
-        )
-        fence_async_shared()
-        gl.warp_specialize(
-            [
-                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
-                                         0, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-                (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
-                                         1, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-                (attention_fwd_consume, (d_out, more_buffers, more_barriers, s, lse, T, T_PAD, H, scale_log2,
-                                         0, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-                (attention_fwd_consume, (d_out, more_buffers, more_barriers, s, lse, T, T_PAD, H, scale_log2,
-                                         1, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-                (attention_fwd_produce, (d_q, d_k, d_v, d_own, d_starts, document_starts, counter, buffers, barriers,
-                                         T, H, heads, chunk, tiles,
-                                         0, TEAMS, GROUP, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-                (attention_fwd_produce, (d_q, d_k, d_v, d_own, d_starts, document_starts, counter,
-                                         more_buffers, more_barriers, T, H, heads, chunk, tiles,
-                                         1, TEAMS, GROUP, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
-            ],
-            [4, 4, 4, 1, 1],
-            [REGISTERS, REGISTERS, REGISTERS, 24, 24],
-        )  # fmt: skip
+        mbarrier.init(kv_full.index(i), count=1)
+        mbarrier.init(kv_empty.index(i), count=CONSUMERS)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=CONSUMERS)
+    mbarrier.init(own_full, count=1)
+    mbarrier.init(own_empty, count=CONSUMERS)
+    buffers = (s_q, s_first, s_own, s_k, s_v, s_out, s_starts, s_tile)
+    barriers = (q_full, q_empty, kv_full, kv_empty, own_full, own_empty, tile_full, tile_empty)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
+                                     0, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+            (attention_fwd_consume, (d_out, buffers, barriers, s, lse, T, T_PAD, H, scale_log2,
+                                     1, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+            (attention_fwd_produce, (d_q, d_k, d_v, d_own, d_starts, document_starts, counter, buffers, barriers,
+                                     T, H, heads, chunk, tiles,
+                                     GROUP, HEADS, CONSUMERS, BLOCK_N, D, STAGES, DOCUMENTS)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -386,7 +345,7 @@ def attention_bwd_produce(
 
 @gluon.jit
 def attention_bwd_consume(
-    buffers, barriers, p_gk, p_gv, T, G, scale, scale_log2,
+    buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
     INDEX: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
     DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
@@ -466,7 +425,7 @@ def attention_bwd_consume(
 
         o_n = n_first + gl.arange(0, ROWS, gl.SliceLayout(1, g_layout))
         o_d = gl.arange(0, D, gl.SliceLayout(0, g_layout))
-        o_out = ((batch.to(gl.int64) * T + o_n) * G + kv_head)[:, None] * D + o_d[None, :]
+        o_out = ((batch.to(gl.int64) * T + o_n) * stride_grad_kv + kv_head * D)[:, None] + o_d[None, :]
         m_n = (o_n < T)[:, None]
         gl.store(p_gk + o_out, (b_gk * scale).to(dtype), mask=m_n)
         # grad_v holds XSA's part.
@@ -529,7 +488,7 @@ def attention_bwd_add_dq(
 
 @gluon.jit
 def attention_bwd_hopper_kernel(
-    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, p_gk, p_gv, counter,
+    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, p_gk, p_gv, counter, stride_grad_kv,
     T, T_PAD, H, G, kv_heads, chunk, tiles, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
@@ -576,11 +535,13 @@ def attention_bwd_hopper_kernel(
         [
             (
                 attention_bwd_consume,
-                (buffers, barriers, p_gk, p_gv, T, G, scale, scale_log2, 0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+                (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
+                 0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
             ),
             (
                 attention_bwd_consume,
-                (buffers, barriers, p_gk, p_gv, T, G, scale, scale_log2, 1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+                (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
+                 1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
             ),
             (attention_bwd_add_dq, (buffers, barriers, p_gq, T, H, GROUP, D, SLOTS, DOCUMENTS)),
             (
@@ -595,7 +556,7 @@ def attention_bwd_hopper_kernel(
 
 
 @triton.jit
-def attention_bwd_finish_kernel(p_gq, grad_q, T, H, scale, ROWS: tl.constexpr, D: tl.constexpr):
+def attention_bwd_finish_kernel(p_gq, grad_q, stride_grad_q, T, H, scale, ROWS: tl.constexpr, D: tl.constexpr):
     """Undo the order in which `attention_bwd_add_dq` keeps a [D, ROWS] tile; scale and round."""
     tile = tl.program_id(1)
     batch_head = tl.program_id(0).to(tl.int64)
@@ -604,7 +565,7 @@ def attention_bwd_finish_kernel(p_gq, grad_q, T, H, scale, ROWS: tl.constexpr, D
     b_gq = tl.reshape(b_gq, [D // 16, ROWS // 8, 8, 4, 2, 2])
     b_gq = tl.reshape(tl.permute(b_gq, (1, 3, 5, 0, 4, 2)), [ROWS, D])
     o_m = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    o_out = (((batch_head // H) * T + o_m) * H + batch_head % H) * D + tl.arange(0, D)[None, :]
+    o_out = ((batch_head // H) * T + o_m) * stride_grad_q + batch_head % H * D + tl.arange(0, D)[None, :]
     tl.store(grad_q + o_out, (b_gq * scale).to(grad_q.dtype.element_ty), mask=o_m < T)
 
 
@@ -624,10 +585,10 @@ def forward(q, k, v, document_starts, out, s, lse, config: dict, processors: int
     batch, length, heads, dim = q.shape
     config = dict(config)
     group = heads // k.shape[2]
-    # Two heads of one group a team where the group allows: both then end on the same diagonal.
+    # Two heads of one group a tile where the group allows: both then end on the same diagonal.
     pair = 2 if group % 2 == 0 else 1
     tiles = triton.cdiv(length, 128 // pair) * (batch * heads // pair)
-    grid = (min(triton.cdiv(tiles, config["TEAMS"]), processors),)
+    grid = (min(tiles, config.pop("programs") * processors),)
     starts = None if document_starts is None else _flat(document_starts, 64)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     attention_fwd_hopper_kernel[grid](
@@ -651,11 +612,11 @@ def backward(
     starts = None if document_starts is None else _flat(document_starts, 64)
     attention_bwd_hopper_kernel[(min(tiles, processors),)](
         _rows(q, 64), _rows(k, 128), _rows(v, 128), _rows(grad_y, 64), _flat(lse, 64), _flat(delta, 64), starts,
-        document_ends, sums, grad_k, grad_v, sums[-4:].view(torch.int32),
+        document_ends, sums, grad_k, grad_v, sums[-4:].view(torch.int32), grad_k.stride(1),
         length, lse.shape[-1], heads, kv, batch * kv, config.pop("chunk"), tiles,
         1.0 / math.sqrt(dim), math.log2(math.e) / math.sqrt(dim),
         GROUP=heads // kv, D=dim, DOCUMENTS=document_starts is not None, **config,
     )  # fmt: skip
     attention_bwd_finish_kernel[(batch * heads, blocks)](
-        sums, grad_q, length, heads, 1.0 / math.sqrt(dim), ROWS=64, D=dim, num_warps=4
+        sums, grad_q, grad_q.stride(1), length, heads, 1.0 / math.sqrt(dim), ROWS=64, D=dim, num_warps=4
     )
