@@ -16,7 +16,8 @@ train: $(VENV)/ready
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_attention_input.py \
+		tests/test_cross_entropy.py tests/test_mlp.py tests/test_residual.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

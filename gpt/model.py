@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import BOS, Config
@@ -85,43 +84,40 @@ class GPT(nn.Module):
         tap: Tap | None = None,
     ) -> Tensor:  # (B, T, D)
         """Normalised output of the last layer: what the head multiplies."""
-        config, ops = self.config, self.ops
-        layers, heads, kv_heads, head_dim = config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim
-        # Each bank is cast once and split into views once: the backward is one stack a bank, however often it is used.
-        qo, kv = self.qo_bank.to(self.dtype).unbind(), self.kv_bank.to(self.dtype).unbind()
-        up, down = self.mlp_up_bank.to(self.dtype).unbind(), self.mlp_down_bank.to(self.dtype).unbind()
-        qkv_weights = [torch.cat((qo[i], kv[i], kv[layers + i])) for i in range(layers)]
+        config, ops, dtype = self.config, self.ops, self.dtype
+        layers = config.num_layers
+        # Banks are cast once and split into views once: the backward is one stack a bank, however often it is used.
+        # The scales of attention and MLP are folded into their output matrices, where they cost activations nothing.
+        qo, kv = self.qo_bank, self.kv_bank
+        qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).to(dtype).unbind()
+        o = (self.attn_scale[:, :, None] * qo[layers:]).to(dtype).unbind()
+        up = self.mlp_up_bank.to(dtype).unbind()
+        down = (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
+        mix, gain = self.resid_mix.unbind(), self.q_gain.unbind()
+        skips = list(zip(self.skip_weights.unbind(), self.skip_gates.unbind(), strict=True))
 
         starts = tokens == BOS if config.document_mask else None
         mask = None if starts is None else ops.attention_mask(starts)
-        x = ops.rms_norm(F.embedding(tokens, self.tok_emb).to(self.dtype))
-        x = x0 = ops.smear(x, self.smear_gate, starts)
+        x = x0 = ops.embed(tokens, self.tok_emb, self.smear_gate, starts, dtype)
         saved: list[Tensor] = []
         half = len(depth) // 2
         for virtual, i in enumerate(depth):
-            j = virtual - half
-            if 0 <= j < config.num_skips and saved:
-                x = ops.skip_mix(x, saved.pop(), self.skip_weights[j], self.skip_gates[j])
-            x = ops.residual_mix(x, x0, self.resid_mix[i])
             layer_scale = (i + 1) ** -0.5
+            j = virtual - half
+            skip = (saved.pop(), *skips[j]) if 0 <= j < config.num_skips and saved else None
 
-            h = ops.rms_norm(x, layer_scale)
+            heads, x, x0 = ops.attention_input(x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale)
+            y = ops.attention(heads, config.num_kv_heads, mask).flatten(2)
             if tap:
-                tap("qkv", i, h)
-            q, k, v = (
-                F.linear(h, qkv_weights[i]).unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=2)
-            )
-            q, k = ops.qk_norm_rotary(q, k, self.q_gain[i], *rotary)
-            y = ops.attention(q, k, v, mask).flatten(2)
-            if tap:
+                tap("qkv", i, reference.rms_norm(x, layer_scale))
                 tap("o", i, y)
-            x = x + self.attn_scale[i].to(self.dtype) * F.linear(y, qo[layers + i])
+            x = ops.linear_add(x, y, o[i])
 
-            h = ops.rms_norm(x, layer_scale)
             if tap:
+                h = reference.rms_norm(x, layer_scale)
                 tap("up", i, h)
                 tap("down", i, reference.mlp_hidden(h, up[i]))
-            x = x + self.mlp_scale[i].to(self.dtype) * ops.mlp(h, up[i], down[i])
+            x = ops.mlp(x, up[i], down[i], layer_scale)
             if virtual < half:
                 saved.append(x)
         x = ops.rms_norm(x)

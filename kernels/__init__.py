@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from shutil import which
+from types import ModuleType
 from typing import Any
 
 # Before Inductor's configuration is imported: in torch 2.11 its mix-order reduction costs this model 6 to 10 ms a step,
@@ -36,14 +37,13 @@ class KernelError(ValueError):
 class Ops:
     """One implementation of every op. `names` says which; `graph` compiles a function of ops, or leaves it alone."""
 
-    rms_norm: Op
-    smear: Op
-    residual_mix: Op
-    skip_mix: Op
-    qk_norm_rotary: Op
+    embed: Op
+    attention_input: Op
     attention_mask: Op
     attention: Op
+    linear_add: Op
     mlp: Op
+    rms_norm: Op
     linear_cross_entropy: Op
     newton_schulz: Op
     int6_linear: Op
@@ -55,33 +55,52 @@ class Ops:
         return "\n".join(f"  {op:22s}{name}" for op, name in self.names.items())
 
 
+# What "auto" is on a GPU.
+AUTO = "triton,newton_schulz=compiled,int6_linear=reference"
+
 _OPS = tuple(field.name for field in fields(Ops) if field.name not in ("graph", "names"))
 # An attention implementation and the mask it takes go together.
 _PAIRED = {"attention": "attention_mask"}
+# The model's attention takes packed heads, as the product before it writes them.
+_FUNCTION = {"attention": "attention_qkv"}
 
 # Implementations of each base. Ops that `compiled` does not name are the reference inside the compiled graph.
 IMPLEMENTATIONS: dict[str, Callable[[], dict[str, Op]]] = {
-    "reference": lambda: {op: getattr(reference, op) for op in _OPS},
-    "compiled": lambda: {op: getattr(compiled, op, getattr(reference, op)) for op in _OPS},
+    "reference": lambda: {op: _named(reference, op) for op in _OPS},
+    "compiled": lambda: {op: _named(compiled, op) or _named(reference, op) for op in _OPS},
     "triton": lambda: _triton(),
 }
 
 
-def _triton() -> dict[str, Op]:
-    from kernels import attention  # here, so that what needs no GPU needs no Triton
+def _named(module: ModuleType, op: str) -> Any:
+    return getattr(module, _FUNCTION.get(op, op), None)
 
-    return {"attention": attention.attention, "attention_mask": attention.document_starts}
+
+def _triton() -> dict[str, Op]:
+    # Here, so that what needs no GPU needs no Triton.
+    from kernels import attention, attention_input, cross_entropy, embedding, matmul, mlp, residual
+
+    return {
+        "embed": embedding.embed,
+        "attention_input": attention_input.attention_input,
+        "attention_mask": attention.document_starts,
+        "attention": attention.attention_qkv,
+        "linear_add": matmul.linear_add,
+        "mlp": mlp.mlp,
+        "rms_norm": residual.rms_norm,
+        "linear_cross_entropy": cross_entropy.linear_cross_entropy,
+    }
 
 
 def select(choice: str, device: torch.device) -> Ops:
     """The ops of `choice` on `device`.
 
-    choice: "auto" (compiled on a GPU, reference on a CPU), or a base (reference, compiled, triton), followed by any
+    choice: "auto" (Triton on a GPU, reference on a CPU), or a base (reference, compiled, triton), followed by any
     number of overrides ",op=implementation". Raises KernelError where an implementation does not exist; there is no
     falling back.
     """
     if choice == "auto":
-        choice = "compiled" if device.type == "cuda" else "reference"
+        choice = AUTO if device.type == "cuda" else "reference"
     base, *overrides = (part.strip() for part in choice.split(","))
     chosen = dict.fromkeys(_OPS, base)
     for override in overrides:
@@ -106,8 +125,8 @@ def select(choice: str, device: torch.device) -> Ops:
     if missing:
         raise KernelError(
             f"kernels={choice}: no {chosen[missing[0]]} implementation of {', '.join(missing)}; name another for each, "
-            f"for example kernels=compiled,attention=triton"
+            f"for example kernels={AUTO}"
         )
     table = {op: tables[implementation][op] for op, implementation in chosen.items()}
-    eager = base == "reference"
-    return Ops(**table, graph=(lambda function: function) if eager else compiled.graph, names=chosen)
+    # Fused kernels leave a graph nothing to fuse, and cost no compilation when the layers change.
+    return Ops(**table, graph=compiled.graph if base == "compiled" else lambda function: function, names=chosen)

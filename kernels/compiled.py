@@ -19,6 +19,9 @@ def graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+_exclusive = graph(reference.exclusive)  # alone where attention is compiled in a graph of other kernels
+
+
 def attention_mask(
     starts: Tensor,  # (B, T) bool, True on the first token of a document
 ) -> BlockMask | Tensor:
@@ -55,7 +58,17 @@ def attention(
         # Named alone, so that a shape or type that cuDNN cannot take is an error and not a slow kernel.
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-    return reference.exclusive(y.transpose(1, 2), v)
+    return _exclusive(y.transpose(1, 2), v)
+
+
+def attention_qkv(
+    qkv: Tensor,  # (B, T, H + 2 G, D)
+    kv_heads: int,
+    mask: BlockMask | Tensor | None = None,
+) -> Tensor:  # (B, T, H, D)
+    """attention of packed heads."""
+    q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    return attention(q, k, v, mask)
 
 
 newton_schulz = graph(reference.newton_schulz)

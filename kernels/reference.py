@@ -2,6 +2,7 @@
 
 What the CPU runs, what tests compare with, what the documentation cites. Tensors are (batch B, tokens T, ...), heads
 (B, T, heads, D). Every op keeps the dtype of its input and works in float64, float32, bfloat16 and float16.
+The model calls the larger ones, from `embed` to `linear_cross_entropy`: each is what one fused kernel set absorbs.
 """
 
 from __future__ import annotations
@@ -85,6 +86,17 @@ def rotary_table(
     return angle.cos().float(), angle.sin().float()
 
 
+def embed(
+    tokens: Tensor,  # (B, T) int64
+    weight: Tensor,  # (V, D)
+    gate: Tensor,  # (D,)
+    starts: Tensor | None,  # (B, T) bool, True on the first token of a document
+    dtype: torch.dtype,
+) -> Tensor:  # (B, T, D)
+    """smear(rms_norm(rows of weight)), in dtype."""
+    return smear(rms_norm(F.embedding(tokens, weight).to(dtype)), gate, starts)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.size(-1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -102,6 +114,31 @@ def qk_norm_rotary(
     """RMS norm of each head, rotary on its first R dimensions (pairs j, j + R/2), then the gain of each head of q."""
     q, k = _rotate(rms_norm(q), cos, sin), _rotate(rms_norm(k), cos, sin)
     return q * gain.to(q.dtype)[:, None], k
+
+
+def attention_input(
+    x: Tensor,  # (B, T, D)
+    x0: Tensor,  # (B, T, D)
+    mix: Tensor,  # (2, D)
+    skip: tuple[Tensor, Tensor, Tensor] | None,  # (B, T, D), weight (D,), gate (D,)
+    weight: Tensor,  # ((H + 2 G) d, D): rows of q, then k, then v
+    gain: Tensor,  # (H,)
+    cos: Tensor,  # (T, R/2)
+    sin: Tensor,  # (T, R/2)
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # qkv (B, T, H + 2 G, d), x (B, T, D), x0 (B, T, D)
+    """From the residual stream to attention: skip and residual mix; norm, product, q/k norm, rotary and gain.
+
+    Returns the mixed stream too, and x0 as it came: handed on from layer to layer, its gradient gathers in one place.
+    """
+    if skip is not None:
+        x = skip_mix(x, *skip)
+    x = residual_mix(x, x0, mix)
+    heads, head_dim = gain.size(0), x.size(-1) // gain.size(0)
+    kv_heads = (weight.size(0) // head_dim - heads) // 2
+    qkv = F.linear(rms_norm(x, scale), weight).unflatten(-1, (-1, head_dim))
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    return torch.cat((*qk_norm_rotary(q, k, gain, cos, sin), v), dim=2), x, x0
 
 
 def attention_mask(
@@ -136,6 +173,25 @@ def attention(
     return exclusive(y.transpose(1, 2), v)
 
 
+def attention_qkv(
+    qkv: Tensor,  # (B, T, H + 2 G, D): q heads, then k, then v
+    kv_heads: int,
+    mask: Tensor | None = None,  # of attention_mask
+) -> Tensor:  # (B, T, H, D)
+    """attention of packed heads."""
+    q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    return attention(q, k, v, mask)
+
+
+def linear_add(
+    x: Tensor,  # (..., N)
+    y: Tensor,  # (..., K)
+    weight: Tensor,  # (N, K)
+) -> Tensor:  # (..., N)
+    """x + y weight^T."""
+    return x + F.linear(y, weight)
+
+
 def mlp_hidden(
     x: Tensor,  # (..., D)
     up: Tensor,  # (F, D)
@@ -148,9 +204,10 @@ def mlp(
     x: Tensor,  # (..., D)
     up: Tensor,  # (F, D)
     down: Tensor,  # (D, F)
+    scale: float,
 ) -> Tensor:  # (..., D)
-    """leaky_relu(x up^T, 0.5)^2 down^T."""
-    return F.linear(mlp_hidden(x, up), down)
+    """x + leaky_relu(rms_norm(x, scale) up^T, 0.5)^2 down^T."""
+    return linear_add(x, mlp_hidden(rms_norm(x, scale), up), down)
 
 
 def logits(

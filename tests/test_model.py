@@ -177,7 +177,8 @@ def test_compiled_graph_computes_the_same(ops: Ops) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_compiled_graph_on_a_gpu_is_as_near_float64_as_the_reference(document_mask: bool) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "compiled"])
+def test_kernels_on_a_gpu_are_as_near_float64_as_the_reference(kernels: str, document_mask: bool) -> None:
     """In bf16, with heads of 64 and packed documents: loss and every gradient against the reference in float64."""
     device = torch.device("cuda")
     config = build_config(
@@ -209,7 +210,7 @@ def test_compiled_graph_on_a_gpu_is_as_near_float64_as_the_reference(document_ma
 
     exact, exact_gradients = run("reference", torch.float64)
     plain, plain_gradients = run("reference", torch.bfloat16)
-    found, gradients = run("compiled", torch.bfloat16)
+    found, gradients = run(kernels, torch.bfloat16)
     assert abs(found - exact) <= 2 * abs(plain - exact) + 1e-3
     names = [name for name, _ in GPT(config, select("reference", device)).named_parameters()]
     errors = {
@@ -266,8 +267,9 @@ def test_int6_linear_is_the_product_with_the_dequantised_matrix() -> None:
 
 
 def test_an_explicit_choice_of_kernels_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KernelError, match="no triton implementation of rms_norm"):
+    with pytest.raises(KernelError, match="no triton implementation of newton_schulz"):
         select("triton", torch.device("cuda"))
+    assert select("auto", torch.device("cuda")).names["mlp"] == "triton"
     with pytest.raises(KernelError, match="Triton kernels run on a GPU; found device cpu"):
         select("compiled,attention=triton", CPU)
     assert select("compiled,attention=triton", torch.device("cuda")).names["attention"] == "triton"

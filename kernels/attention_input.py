@@ -1,0 +1,159 @@
+"""From the residual stream to attention, one op: skip and residual mix, norm, qkv product, head norms, rotary, gain.
+
+    x' = skip_mix(x, skip, weight, gate)          in the layers that have a skip
+    x  = mix_0 x' + mix_1 x0
+    qkv = rms_norm(x, scale) W^T,  q and k: rms_norm of each head, rotary, gain of q
+
+The norm of x is one number a row: q and k, normalised again head by head, do not feel it, and v is multiplied by it
+after the product; so the normalised x is never written, and head norms, rotary and gain are in the product's epilogue
+(`matmul.qkv_forward`). Backward, with r = 1 / rms(x) and every gradient of qkv before
+its head norms already multiplied by the row's own factor:
+
+    g = dqkv W,   dx = dy + g - x mean(g x) r^2,   dW = dqkv^T x
+
+where dy is the gradient of the mixed stream itself, then back through the mixes. x0 is handed on from layer to layer,
+so that its gradient gathers in one buffer instead of one addition a layer.
+
+Streams of (B T, D) read and written, qkv being (H + 2 G) d / D of them: forward 4 + qkv, backward 9 + 5 qkv; one
+product forward, two backward, by cuBLAS. Source: system.md of this project's seed, parameter-golf pull request 1517.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import matmul, residual, rotary
+
+
+@torch.library.custom_op("golf::attention_input", mutates_args=())
+def attention_input_op(
+    x: Tensor, x0: Tensor, mix: Tensor, skip: Tensor | None, skip_weight: Tensor | None, skip_gate: Tensor | None,
+    weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """qkv (B, T, H + 2 G, d), mixed x (B, T, D), row factor of v (B T,) and 1 / rms of each q and k head, float32."""
+    batch, length, dim = x.shape
+    heads = gain.size(0)
+    head_dim = dim // heads
+    kv_heads = (weight.size(0) // head_dim - heads) // 2
+    flat_skip = None if skip is None else skip.view(-1, dim)
+    mixed, rstd = residual.mix_forward(x.view(-1, dim), x0.view(-1, dim), mix, flat_skip, skip_weight, skip_gate)
+    row_scale = rstd * scale
+    qkv, inverse = matmul.qkv_forward(mixed, weight, row_scale, gain, cos, sin, kv_heads, length)
+    return qkv.view(batch, length, -1, head_dim), mixed.view_as(x), row_scale, inverse
+
+
+@attention_input_op.register_fake
+def _(x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale):
+    batch, length, dim = x.shape
+    heads = gain.shape[0]
+    head_dim = dim // heads
+    total = weight.shape[0] // head_dim
+    rows = batch * length
+    qkv = x.new_empty((batch, length, total, head_dim))
+    row_scale = x.new_empty(rows, dtype=torch.float32)
+    return qkv, torch.empty_like(x), row_scale, x.new_empty((rows, (total + heads) // 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("golf::attention_input_backward", mutates_args=())
+def attention_input_backward_op(
+    dqkv: Tensor, dy: Tensor, dx0: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor, skip: Tensor | None,
+    skip_weight: Tensor | None, skip_gate: Tensor | None, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+    qkv: Tensor, mixed: Tensor, row_scale: Tensor, inverse: Tensor, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, x0, mix, weight, gain; then of skip, its weight and its gate, if any. dx0: what x0 has so far."""
+    length, dim = x.shape[1:]
+    heads, kv_heads = gain.size(0), (qkv.size(2) - gain.size(0)) // 2
+    rows = [None if t is None else t.view(-1, dim) for t in (dy, x, x0, dx0, skip, mixed)]
+    dy_rows, x_rows, x0_rows, dx0_rows, skip_rows, mixed_rows = rows
+    packed = (-1, heads + 2 * kv_heads, dim // heads)
+    draw, dgain = rotary.qkv_backward(
+        dqkv.view(packed), qkv.view(packed), gain, cos, sin, inverse, row_scale, kv_heads, length
+    )
+    draw = draw.view(-1, weight.size(0))
+    dweight, g = torch.mm(draw.t(), mixed_rows), torch.mm(draw, weight)
+    dx, dskip, dx0_out, dmix, dskip_weight, dskip_gate = residual.mix_backward(
+        g, row_scale / scale, dy_rows, x_rows, x0_rows, dx0_rows, mix, skip_rows, skip_weight, skip_gate
+    )
+    grads = [dx.view_as(x), dx0_out.view_as(x), dmix.clone(), dweight, dgain.clone()]
+    if dskip is not None and dskip_weight is not None and dskip_gate is not None:
+        grads += [dskip.view_as(x), dskip_weight.clone(), dskip_gate.clone()]
+    return grads
+
+
+@attention_input_backward_op.register_fake
+def _(dqkv, dy, dx0, x, x0, mix, skip, skip_weight, skip_gate, weight, gain, *_):
+    given = [x, x0, mix, weight, gain, *([] if skip is None else [skip, skip_weight, skip_gate])]
+    return [torch.empty_like(t) for t in given]
+
+
+class _AttentionInput(torch.autograd.Function):
+    """x0 comes out as it went in, which an op of torch.library may not do: the threading of its gradient is here."""
+
+    @staticmethod
+    def forward(ctx: Any, x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale):
+        qkv, mixed, row_scale, inverse = torch.ops.golf.attention_input(
+            x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale
+        )
+        ctx.scale = scale
+        ctx.save_for_backward(
+            x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, qkv, mixed, row_scale, inverse
+        )
+        ctx.set_materialize_grads(False)
+        return qkv, mixed, x0
+
+    @staticmethod
+    def backward(ctx: Any, dqkv, dy, dx0):
+        x, *_, qkv, _, _, _ = saved = ctx.saved_tensors
+        dqkv = torch.zeros_like(qkv) if dqkv is None else dqkv.contiguous()
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        dx0 = None if dx0 is None else dx0.contiguous()
+        grads = torch.ops.golf.attention_input_backward(dqkv, dy, dx0, *saved, ctx.scale)
+        dx, dx0, dmix, dweight, dgain, *others = grads
+        return dx, dx0, dmix, *(others or (None, None, None)), dweight, dgain, None, None, None
+
+
+def attention_input(
+    x: Tensor,  # (B, T, D)
+    x0: Tensor,  # (B, T, D)
+    mix: Tensor,  # (2, D) float32
+    skip: tuple[Tensor, Tensor, Tensor] | None,  # (B, T, D), weight (D,) float32, gate (D,) float32
+    weight: Tensor,  # ((H + 2 G) d, D)
+    gain: Tensor,  # (H,) float32
+    cos: Tensor,  # (T, R/2) float32
+    sin: Tensor,  # (T, R/2) float32
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # qkv (B, T, H + 2 G, d), x (B, T, D), x0 (B, T, D)
+    """reference.attention_input, differentiable in everything but cos, sin and scale.
+
+    x, x0, the skip and weight are contiguous and of one dtype, bf16 or fp16; mix, gain, the skip's weight and gate,
+    cos and sin are float32. Raises ValueError, naming what was found and what was wanted.
+    """
+    if x.dim() != 3 or x0.shape != x.shape or gain.dim() != 1 or x.size(-1) % max(gain.size(0), 1):
+        raise ValueError(
+            "attention_input wants x and x0 (B, T, D), gain (H,) with H a divisor of D; "
+            f"got x {tuple(x.shape)}, x0 {tuple(x0.shape)}, gain {tuple(gain.shape)}"
+        )
+    head_dim = x.size(-1) // gain.size(0)
+    if (
+        weight.dim() != 2
+        or weight.size(1) != x.size(-1)
+        or (weight.size(0) // head_dim - gain.size(0)) % 2
+        or weight.size(0) <= x.size(-1)
+        or weight.size(0) % head_dim
+    ):
+        raise ValueError(
+            f"attention_input wants weight ((H + 2 G) {head_dim}, {x.size(-1)}) for H = {gain.size(0)} heads of "
+            f"{head_dim} and any G; got {tuple(weight.shape)}"
+        )
+    if weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(
+            f"attention_input wants a contiguous weight of x's dtype {x.dtype}; "
+            f"got {weight.dtype} with strides {weight.stride()}"
+        )
+    outputs: tuple[Tensor, Tensor, Tensor] = _AttentionInput.apply(
+        x, x0, mix, *(skip or (None, None, None)), weight, gain, cos, sin, scale
+    )
+    return outputs

@@ -1,0 +1,224 @@
+"""Products with what surrounds them in their epilogue, so that no separate pass over the result is made.
+
+    up_forward       a = square(leaky_relu(r_m (x up^T), 0.5))            x (M, D), up (F, D), r (M,) float32
+    product_add      out = x + y w^T                                      x (M, N), y (M, K), w (N, K)
+    down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
+    qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
+
+r is the row's factor of an RMS norm without weights (`mlp.rms_rows`): a norm in front of a product is a factor behind
+it, and the normalised x is never written. One tensor is kept of the activation: a >= 0, and the last mantissa bit of
+its bf16 holds the sign of u (1 is negative), so that da/du = 2 sqrt(a) or -sqrt(a) comes back from a alone while the
+products that read a need not know. a is rounded once, from float32, to the nearest bf16 of that parity: its root mean
+square error is 2 units of u / sqrt(12), under the sqrt(5) of an eager chain that rounds u and its square.
+
+Shapes: all matrices contiguous, bf16 or fp16, sums in float32; w of down_backward is read as it lies, without a
+transposed copy. linear_add is product_add with its gradients. Work 2 M N K FLOPs; traffic: every matrix once (bf16, M
+98304, D 512, F 2048: 0.50 GB for up_forward, 0.60 for product_add, 0.91 for down_backward). Any M, N, K; with rows that
+are not a multiple of 16 bytes the portable kernel runs.
+
+`matmul_hopper.py` holds the kernel for compute capability 9.0; the one below is for every other GPU and the
+interpreter (there, and for other heads, qkv_forward is a product and then `rotary.py`'s kernel). Products without an
+epilogue are cuBLAS's.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import matmul_hopper, rotary
+from kernels.matmul_epilogue import matmul_epilogue
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float16, torch.float32) if INTERPRET else (torch.bfloat16, torch.float16)
+
+
+# ------------------------------------------------------------------------------------------------ portable kernel
+@triton.jit
+def matmul_kernel(
+    x, w, out, extra, row_scale, M, N, K, stride_wn, stride_wk,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    o_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m, m_n = o_m[:, None] < M, o_n[None, :] < N
+    o_row = o_m[:, None].to(tl.int64)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        # [BLOCK_M, BLOCK_K]
+        b_x = tl.load(x + o_row * K + o_k[None, :], mask=m_m & (o_k[None, :] < K), other=0.0)
+        # [BLOCK_K, BLOCK_N]
+        b_w = tl.load(w + o_k[:, None] * stride_wk + o_n[None, :] * stride_wn, mask=(o_k[:, None] < K) & m_n, other=0.0)
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+    b_extra = None
+    if extra is not None:
+        b_extra = tl.load(extra + o_row * N + o_n[None, :], mask=m_m & m_n, other=0.0)
+    b_scale = None
+    if row_scale is not None:
+        b_scale = tl.load(row_scale + o_m, mask=o_m < M, other=0.0)[:, None]
+    b_out = matmul_epilogue(b_acc, b_extra, b_scale, EPILOGUE, out.dtype.element_ty)
+    tl.store(out + o_row * N + o_n[None, :], b_out, mask=m_m & m_n)
+
+
+# ------------------------------------------------------------------------------------------------------- launching
+@functools.cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+@functools.cache
+def _configs(name: str) -> dict:
+    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())["matmul"]
+
+
+def config(x: torch.Tensor) -> dict:
+    """Launch configurations are data: `configs/h100.json` for compute capability 9.0, `configs/generic.json` else."""
+    return _configs("h100" if x.is_cuda and _gpu(x.device)[0] == (9, 0) else "generic")
+
+
+def _product(
+    x: torch.Tensor,  # (M, K)
+    w: torch.Tensor,  # (N, K), or (K, N) where not transposed
+    extra: torch.Tensor | None,  # (M, N)
+    row_scale: torch.Tensor | None,  # (M,) float32
+    epilogue: str,
+    transposed: bool = True,
+) -> torch.Tensor:  # (M, N)
+    (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    configs = config(x)
+    if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra):
+        matmul_hopper.launch(x, w, out, extra, row_scale, epilogue, transposed, configs, _gpu(x.device)[1])
+        return out
+    portable = configs["portable"]
+    grid = (triton.cdiv(rows, portable["BLOCK_M"]) * triton.cdiv(columns, portable["BLOCK_N"]),)
+    matmul_kernel[grid](
+        x, w, out, extra, row_scale, rows, columns, inner, *(w.stride() if transposed else w.stride()[::-1]),
+        EPILOGUE=epilogue, **portable,
+    )  # fmt: skip
+    return out
+
+
+def up_forward(
+    x: torch.Tensor,  # (M, D)
+    up: torch.Tensor,  # (F, D)
+    row_scale: torch.Tensor,  # (M,) float32
+) -> torch.Tensor:  # (M, F)
+    """square(leaky_relu(row_scale (x up^T), 0.5)), the sign of its root in the last mantissa bit."""
+    return _product(x, up, None, row_scale, "activation")
+
+
+def product_add(
+    y: torch.Tensor,  # (M, K)
+    w: torch.Tensor,  # (N, K)
+    x: torch.Tensor,  # (M, N)
+) -> torch.Tensor:  # (M, N)
+    """x + y w^T, rounded once."""
+    return _product(y, w, x, None, "residual")
+
+
+def down_backward(
+    dy: torch.Tensor,  # (M, D)
+    down: torch.Tensor,  # (D, F)
+    a: torch.Tensor,  # (M, F) of up_forward
+    row_scale: torch.Tensor,  # (M,) float32
+) -> torch.Tensor:  # (M, F)
+    """Gradient of x up^T: (dy down) da/du row_scale."""
+    return _product(dy, down, a, row_scale, "derivative", transposed=False)
+
+
+def qkv_forward(
+    x: torch.Tensor,  # (M, D)
+    weight: torch.Tensor,  # ((H + 2G) d, D): rows of q, then k, then v
+    row_scale: torch.Tensor,  # (M,) float32
+    gain: torch.Tensor,  # (H,) float32
+    cos: torch.Tensor,  # (T or more, R/2) float32
+    sin: torch.Tensor,  # (T or more, R/2) float32
+    kv_heads: int,
+    length: int,  # T
+) -> tuple[torch.Tensor, torch.Tensor]:  # qkv (M, H + 2G, d), inv_rms (M, H + G) float32
+    """Attention's input, as `rotary.qkv_forward` makes of the product x weight^T, in the product's epilogue."""
+    heads = gain.numel()
+    shape = (x.shape[0], heads + 2 * kv_heads, weight.shape[0] // (heads + 2 * kv_heads))
+    configs = config(x)
+    if not (
+        "resident" in configs
+        and matmul_hopper.fits(x.shape[1], configs["resident"])
+        and matmul_hopper.copyable(x, weight)
+        and shape[2] == 64
+        and cos.shape[1] >= 8  # so that a thread holds both values of a rotated pair
+    ):
+        qkv = torch.mm(x, weight.T).view(shape)
+        return qkv, rotary.qkv_forward(qkv, gain, cos, sin, row_scale, kv_heads, length)
+    qkv = torch.empty(shape, dtype=x.dtype, device=x.device)
+    inv_rms = torch.empty((x.shape[0], heads + kv_heads), dtype=torch.float32, device=x.device)
+    matmul_hopper.launch(
+        x, weight, qkv.flatten(1), None, row_scale, "heads", True, configs, _gpu(x.device)[1],
+        heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
+    )  # fmt: skip
+    return qkv, inv_rms
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+@torch.library.custom_op("golf::linear_add", mutates_args=())
+def linear_add_op(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return product_add(y.flatten(0, -2), weight, x.flatten(0, -2)).view_as(x)
+
+
+@linear_add_op.register_fake
+def _(x, y, weight):
+    return torch.empty_like(x)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate(ctx, g):
+    y, weight = ctx.saved_tensors
+    return g, g @ weight, g.flatten(0, -2).T @ y.flatten(0, -2)
+
+
+linear_add_op.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------------------- public
+def check(op: str, **tensors: torch.Tensor) -> None:
+    """Raise ValueError unless the tensors are contiguous, not empty, and of one device and one supported type."""
+    name, first = next(iter(tensors.items()))
+    for other, x in tensors.items():
+        if x.dtype not in DTYPES or x.dtype != first.dtype:
+            raise ValueError(
+                f"{op} wants tensors of one dtype among {DTYPES}; got {name} {first.dtype}, {other} {x.dtype}"
+            )
+        if x.device != first.device or not (x.is_cuda or INTERPRET):
+            raise ValueError(
+                f"{op} wants every tensor on one CUDA device (or TRITON_INTERPRET=1 for the CPU); "
+                f"got {name} on {first.device}, {other} on {x.device}"
+            )
+        if not x.is_contiguous() or x.numel() == 0:
+            raise ValueError(
+                f"{op} wants contiguous tensors, none empty; got {other} {tuple(x.shape)} with strides {x.stride()}"
+            )
+
+
+def linear_add(
+    x: torch.Tensor,  # (..., N)
+    y: torch.Tensor,  # (..., K)
+    weight: torch.Tensor,  # (N, K)
+) -> torch.Tensor:  # (..., N)
+    """x + y weight^T, rounded once; differentiable in x, y and weight. All contiguous, all bf16 or all fp16."""
+    if x.dim() < 2 or weight.shape != (x.shape[-1], y.shape[-1]) or x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            "linear_add wants x (..., N), y (..., K), weight (N, K); "
+            f"got x {tuple(x.shape)}, y {tuple(y.shape)}, weight {tuple(weight.shape)}"
+        )
+    check("linear_add", x=x, y=y, weight=weight)
+    return torch.ops.golf.linear_add(x, y, weight)

@@ -1,0 +1,40 @@
+"""What a product does with its float32 accumulators before they leave: shared by `matmul.py` and `matmul_hopper.py`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sign_in_last_bit(b_value, b_signed, dtype: tl.constexpr):
+    """Round value >= 0 to the nearest number of dtype whose last mantissa bit is the sign bit of signed, a float32."""
+    b_sign = b_signed.to(tl.int32, bitcast=True) >> 15 & 0x10000
+    if dtype == tl.bfloat16:
+        # Such numbers are two units of bfloat16 apart: 2^17 in the bits of a float32.
+        b_bits = b_value.to(tl.int32, bitcast=True)
+        b_bits = ((b_bits - b_sign + 0x10000) & -0x20000) | b_sign
+        b_out = b_bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        integer: tl.constexpr = tl.int16 if dtype == tl.float16 else tl.int32
+        b_near = b_value.to(dtype)
+        b_bits = b_near.to(integer, bitcast=True)
+        b_step = tl.where(b_near.to(tl.float32) <= b_value, 1, -1).to(integer)
+        b_wrong = (b_bits & 1) != (b_sign >> 16).to(integer)
+        b_out = tl.where(b_wrong, b_bits + b_step, b_bits).to(dtype, bitcast=True)
+    return b_out
+
+
+@triton.jit
+def matmul_epilogue(b_acc, b_extra, b_scale, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
+    if EPILOGUE == "activation":
+        b_u = b_acc * b_scale
+        b_h = tl.maximum(b_u, b_acc * (0.5 * b_scale))
+        b_out = sign_in_last_bit(b_h * b_h, b_u, dtype)
+    elif EPILOGUE == "derivative":
+        integer: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
+        b_negative = (b_extra.to(integer, bitcast=True) & 1) != 0
+        b_h = tl.sqrt(b_extra.to(tl.float32))
+        b_out = (b_acc * b_h * tl.where(b_negative, -b_scale, 2.0 * b_scale)).to(dtype)
+    else:
+        tl.static_assert(EPILOGUE == "residual")
+        b_out = (b_acc + b_extra.to(tl.float32)).to(dtype)
+    return b_out

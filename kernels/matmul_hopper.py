@@ -1,0 +1,398 @@
+"""The products of `matmul.py` for Hopper (compute capability 9.0): Gluon, warp-specialised, TMA and wgmma.
+
+Both kernels are persistent. One warp copies operands, another what the epilogue reads (`extra`), into the buffer from
+which the result leaves; each consumer warpgroup makes tiles of 64 rows.
+
+Resident, for a short inner dimension: a program keeps a slice of BLOCK_N columns of w in shared memory for its whole
+life and streams x past it. Its consumers take turns along the rows, so that one multiplies while another is in its
+epilogue. All programs sweep the rows together: x comes from memory once and from the L2 cache for the other slices.
+
+Streaming, for a long one: x and w in step, two consumers on the two halves of 128 rows.
+"""
+
+import threading
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.matmul_epilogue import matmul_epilogue
+from kernels.reference import RMS_EPS
+
+ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
+HEAD = gl.constexpr(64)  # columns of an attention head
+EPS = gl.constexpr(RMS_EPS)
+
+_thread = threading.local()
+
+
+@gluon.jit
+def matmul_heads(b_acc, b_scale, heads, m_first, n_first, M, HALF: gl.constexpr, dtype: gl.constexpr):
+    """Epilogue of attention's input: RMS norm and rotary of the q and k heads, gain of q, the row's factor of v."""
+    gain, cos, sin, inv_rms, T, queries, normed = heads
+    HEADS: gl.constexpr = b_acc.shape[1] // HEAD
+    GROUPS: gl.constexpr = HEAD // (2 * HALF)
+    # A thread holds both values of each pair. [ROWS, HEADS, GROUPS, HALF]
+    b_z = b_acc.reshape([ROWS, HEADS, GROUPS, 2, HALF]).permute((0, 1, 2, 4, 3))
+    b_1, b_2 = b_z.split()
+    layout: gl.constexpr = b_1.type.layout
+    by_head: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(2, layout))
+    by_angle: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
+    # [ROWS, HEADS]
+    o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, by_head))
+    o_h = n_first // HEAD + gl.arange(0, HEADS, gl.SliceLayout(0, by_head))
+    m_n = (o_h < normed)[None, :]
+    b_s = gl.convert_layout(b_scale, by_head)
+    b_inv = gl.rsqrt(gl.sum(gl.sum(b_1 * b_1 + b_2 * b_2, 2), 2) / HEAD + EPS / (b_s * b_s))
+    gl.store(inv_rms + o_m[:, None].to(gl.int64) * normed + o_h[None, :], b_inv, mask=(o_m < M)[:, None] & m_n)
+    b_gain = gl.load(gain + o_h, mask=o_h < queries, other=1.0)[None, :]
+    b_factor = (gl.where(m_n, b_inv, b_s) * b_gain)[:, :, None][:, :, None, :]
+    # [ROWS, HALF]
+    o_t = (m_first + gl.arange(0, ROWS, gl.SliceLayout(1, by_angle))) % T
+    o_a = o_t[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, by_angle))[None, :]
+    b_cos = gl.load(cos + o_a)[:, None, None, :]
+    b_sin = gl.load(sin + o_a)[:, None, None, :]
+    o_group = gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))
+    m_r = m_n[:, :, None][:, :, None, :] & (o_group == 0)[None, None, :, None]
+    b_y1 = gl.where(m_r, b_1 * b_cos + b_2 * b_sin, b_1) * b_factor
+    b_y2 = gl.where(m_r, b_2 * b_cos - b_1 * b_sin, b_2) * b_factor
+    b_out = gl.join(b_y1.to(dtype), b_y2.to(dtype)).permute((0, 1, 2, 4, 3)).reshape([ROWS, HEADS * HEAD])
+    return gl.convert_layout(b_out, b_acc.type.layout)
+
+
+@gluon.jit
+def matmul_finish(
+    b_acc, row_scale, heads, d_out, d_extra, s_tile, extra_full, extra_empty, turn, m_first, n_first, M,
+    EPILOGUE: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Epilogue of one tile, in the layout of its accumulators; what it reads was copied to where it writes."""
+    layout: gl.constexpr = b_acc.type.layout
+    b_scale = None
+    if row_scale is not None:
+        o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        b_scale = gl.load(row_scale + o_m, mask=o_m < M, other=0.0)[:, None]
+    if d_extra is None:
+        tma.store_wait(0)
+        if EPILOGUE == "heads":
+            b_out = matmul_heads(b_acc, b_scale, heads, m_first, n_first, M, HALF, s_tile.dtype)
+        else:
+            b_out = matmul_epilogue(b_acc, None, b_scale, EPILOGUE, s_tile.dtype)
+    else:
+        mbarrier.wait(extra_full, turn & 1)
+        b_out = matmul_epilogue(b_acc, s_tile.load(layout), b_scale, EPILOGUE, s_tile.dtype)
+    s_tile.store(b_out)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(d_out, [m_first, n_first], s_tile)
+    if d_extra is not None:
+        tma.store_wait(0)
+        mbarrier.arrive(extra_empty, count=1)
+
+
+# -------------------------------------------------------------------------------------------------------- resident
+@gluon.jit
+def resident_produce(
+    d_x, d_w, buffers, barriers, tiles_m, tiles_n, ranges,
+    TRANSPOSED: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    s_x, s_w, _s_out = buffers
+    w_full, full, empty, _extra_full, _extra_empty, _order = barriers
+    n_first = gl.program_id(0) % tiles_n * BLOCK_N
+    mbarrier.expect(w_full, STEPS * BLOCK_N * BLOCK_K * 2)
+    for i in gl.static_range(STEPS):
+        if TRANSPOSED:
+            tma.async_copy_global_to_shared(d_w, [n_first, i * BLOCK_K], w_full, s_w.index(i))
+        else:
+            tma.async_copy_global_to_shared(d_w, [i * BLOCK_K, n_first], w_full, s_w.index(i))
+    step = 0
+    for tile in range(gl.program_id(0) // tiles_n, tiles_m, ranges):
+        for k in range(STEPS):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), ROWS * BLOCK_K * 2)
+            tma.async_copy_global_to_shared(d_x, [tile * ROWS, k * BLOCK_K], full.index(stage), s_x.index(stage))
+            step += 1
+
+
+@gluon.jit
+def resident_fetch(
+    d_extra, buffers, barriers, tiles_m, tiles_n, ranges, BLOCK_N: gl.constexpr
+):  # fmt: skip
+    _s_x, _s_w, s_out = buffers
+    _w_full, _full, _empty, extra_full, extra_empty, _order = barriers
+    n_first = gl.program_id(0) % tiles_n * BLOCK_N
+    count = 0
+    if d_extra is not None:
+        for tile in range(gl.program_id(0) // tiles_n, tiles_m, ranges):
+            slot = count % 2
+            mbarrier.wait(extra_empty.index(slot), ((count // 2) & 1) ^ 1)
+            mbarrier.expect(extra_full.index(slot), ROWS * BLOCK_N * 2)
+            tma.async_copy_global_to_shared(d_extra, [tile * ROWS, n_first], extra_full.index(slot), s_out.index(slot))
+            count += 1
+
+
+@gluon.jit
+def resident_consume(
+    d_out, d_extra, buffers, barriers, row_scale, heads, M, tiles_m, tiles_n, ranges,
+    INDEX: gl.constexpr, EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr,
+    STEPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    s_x, s_w, s_out = buffers
+    w_full, full, empty, extra_full, extra_empty, order = barriers
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    n_first = gl.program_id(0) % tiles_n * BLOCK_N
+    turn = 0
+    mbarrier.wait(w_full, 0)
+    for tile in range(gl.program_id(0) // tiles_n + INDEX * ranges, tiles_m, 2 * ranges):
+        step = (turn * 2 + INDEX) * STEPS
+        # Not before the other's products are under way: a barrier's parity tells this round of a stage from the next,
+        # not from the one after.
+        mbarrier.wait(order.index(INDEX), (turn & 1) ^ (1 if INDEX == 0 else 0))
+        # [ROWS, BLOCK_N]
+        b_acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
+        for k in range(STEPS):
+            stage = step % STAGES
+            b_w = s_w.index(k)
+            if TRANSPOSED:
+                b_w = b_w.permute((1, 0))
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            b_acc = warpgroup_mma(s_x.index(stage), b_w, b_acc, use_acc=k > 0, is_async=True)
+            b_acc = warpgroup_mma_wait(1, deps=[b_acc])
+            # The products of the step before are done.
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            step += 1
+        mbarrier.arrive(order.index((INDEX + 1) % 2), count=1)
+        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        matmul_finish(
+            b_acc, row_scale, heads, d_out, d_extra, s_out.index(INDEX), extra_full.index(INDEX),
+            extra_empty.index(INDEX), turn, tile * ROWS, n_first, M, EPILOGUE, HALF,
+        )  # fmt: skip
+        turn += 1  # noqa: SIM113 - Triton has no enumerate
+    tma.store_wait(0)
+
+
+@gluon.jit
+def matmul_resident_kernel(
+    d_x, d_w, d_out, d_extra, row_scale, heads, M, tiles_m, tiles_n, ranges,
+    EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = d_x.dtype
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    if TRANSPOSED:
+        s_w = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_N, BLOCK_K], d_w.layout)
+    else:
+        s_w = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_K, BLOCK_N], d_w.layout)
+    s_x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], d_x.layout)
+    s_out = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], d_out.layout)
+    w_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    extra_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    extra_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(w_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(extra_full.index(i), count=1)
+        mbarrier.init(extra_empty.index(i), count=1)
+        mbarrier.init(order.index(i), count=1)
+    fence_async_shared()
+    buffers = (s_x, s_w, s_out)
+    barriers = (w_full, full, empty, extra_full, extra_empty, order)
+    gl.warp_specialize(
+        [
+            (resident_consume, (d_out, d_extra, buffers, barriers, row_scale, heads, M, tiles_m, tiles_n, ranges,
+                                0, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
+            (resident_consume, (d_out, d_extra, buffers, barriers, row_scale, heads, M, tiles_m, tiles_n, ranges,
+                                1, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
+            (resident_produce, (d_x, d_w, buffers, barriers, tiles_m, tiles_n, ranges,
+                                TRANSPOSED, STEPS, BLOCK_N, BLOCK_K, STAGES)),
+            (resident_fetch, (d_extra, buffers, barriers, tiles_m, tiles_n, ranges, BLOCK_N)),
+        ],
+        [4, 1, 1],
+        [REGISTERS, 40, 40],
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- streaming
+@gluon.jit
+def streaming_produce(
+    d_x, d_w, buffers, barriers, tiles, tiles_n, steps,
+    TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    s_x, s_w, _s_out = buffers
+    full, empty, _extra_full, _extra_empty = barriers
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        m_first = tile // tiles_n * (2 * ROWS)
+        n_first = tile % tiles_n * BLOCK_N
+        for k in range(steps):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (2 * ROWS + BLOCK_N) * BLOCK_K * 2)
+            tma.async_copy_global_to_shared(d_x, [m_first, k * BLOCK_K], full.index(stage), s_x.index(stage))
+            if TRANSPOSED:
+                tma.async_copy_global_to_shared(d_w, [n_first, k * BLOCK_K], full.index(stage), s_w.index(stage))
+            else:
+                tma.async_copy_global_to_shared(d_w, [k * BLOCK_K, n_first], full.index(stage), s_w.index(stage))
+            step += 1
+
+
+@gluon.jit
+def streaming_fetch(d_extra, buffers, barriers, tiles, tiles_n, BLOCK_N: gl.constexpr):
+    _s_x, _s_w, s_out = buffers
+    _full, _empty, extra_full, extra_empty = barriers
+    turn = 0
+    if d_extra is not None:
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            m_first = tile // tiles_n * (2 * ROWS)
+            n_first = tile % tiles_n * BLOCK_N
+            for i in gl.static_range(2):
+                mbarrier.wait(extra_empty.index(i), (turn & 1) ^ 1)
+                mbarrier.expect(extra_full.index(i), ROWS * BLOCK_N * 2)
+                tma.async_copy_global_to_shared(
+                    d_extra, [m_first + i * ROWS, n_first], extra_full.index(i), s_out.index(i)
+                )
+            turn += 1
+
+
+@gluon.jit
+def streaming_consume(
+    d_out, d_extra, buffers, barriers, row_scale, M, tiles, tiles_n, steps,
+    INDEX: gl.constexpr, EPILOGUE: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    s_x, s_w, s_out = buffers
+    full, empty, extra_full, extra_empty = barriers
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    step = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        # [ROWS, BLOCK_N]
+        b_acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
+        for k in range(steps):
+            stage = step % STAGES
+            b_x = s_x.index(stage).slice(INDEX * ROWS, ROWS, 0)
+            b_w = s_w.index(stage)
+            if TRANSPOSED:
+                b_w = b_w.permute((1, 0))
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            b_acc = warpgroup_mma(b_x, b_w, b_acc, use_acc=k > 0, is_async=True)
+            b_acc = warpgroup_mma_wait(1, deps=[b_acc])
+            # The products of the step before are done.
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            step += 1
+        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        m_first = tile // tiles_n * (2 * ROWS) + INDEX * ROWS
+        n_first = tile % tiles_n * BLOCK_N
+        matmul_finish(
+            b_acc, row_scale, None, d_out, d_extra, s_out.index(INDEX),
+            extra_full.index(INDEX), extra_empty.index(INDEX), turn, m_first, n_first, M, EPILOGUE, 0,
+        )  # fmt: skip
+        turn += 1  # noqa: SIM113
+    tma.store_wait(0)
+
+
+@gluon.jit
+def matmul_streaming_kernel(
+    d_x, d_w, d_out, d_extra, row_scale, M, tiles, tiles_n, steps,
+    EPILOGUE: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = d_x.dtype
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    s_x = gl.allocate_shared_memory(dtype, [STAGES, 2 * ROWS, BLOCK_K], d_x.layout)
+    if TRANSPOSED:
+        s_w = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], d_w.layout)
+    else:
+        s_w = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], d_w.layout)
+    s_out = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], d_out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    extra_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    extra_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(extra_full.index(i), count=1)
+        mbarrier.init(extra_empty.index(i), count=1)
+    fence_async_shared()
+    buffers = (s_x, s_w, s_out)
+    barriers = (full, empty, extra_full, extra_empty)
+    gl.warp_specialize(
+        [
+            (streaming_consume, (d_out, d_extra, buffers, barriers, row_scale, M, tiles, tiles_n, steps,
+                                 0, EPILOGUE, TRANSPOSED, BLOCK_N, STAGES)),
+            (streaming_consume, (d_out, d_extra, buffers, barriers, row_scale, M, tiles, tiles_n, steps,
+                                 1, EPILOGUE, TRANSPOSED, BLOCK_N, STAGES)),
+            (streaming_produce, (d_x, d_w, buffers, barriers, tiles, tiles_n, steps,
+                                 TRANSPOSED, BLOCK_N, BLOCK_K, STAGES)),
+            (streaming_fetch, (d_extra, buffers, barriers, tiles, tiles_n, BLOCK_N)),
+        ],
+        [4, 1, 1],
+        [REGISTERS, 24, 24],
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- launching
+def _blocks(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Copies of (rows, columns) of a matrix; what lies outside it reads as zero and is not written."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+def copyable(*tensors: torch.Tensor | None) -> bool:
+    """Whether TMA can address these matrices: 16-byte bases and rows."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in tensors if x is not None)
+
+
+def _bind(device: torch.device) -> None:
+    """Descriptors cannot be made in a thread (autograd's, say) that has not yet used its device: any kernel will do."""
+    if getattr(_thread, "device", None) != device:
+        torch.zeros(1, device=device)
+        _thread.device = device
+
+
+def fits(inner: int, config: dict) -> bool:
+    """Whether shared memory holds a slice of w: 128 KB of it, beside the tiles of x and of the result."""
+    return inner * config["BLOCK_N"] <= 2**16
+
+
+def launch(
+    x, w, out, extra, row_scale, epilogue: str, transposed: bool, configs: dict, processors: int, heads=None, half=0
+) -> None:
+    _bind(x.device)
+    (rows, inner), columns = x.shape, out.shape[1]
+    resident = fits(inner, configs["resident"])
+    config = configs["resident" if resident else "streaming"]
+    block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
+    tiles_n, steps = triton.cdiv(columns, block_n), triton.cdiv(inner, block_k)
+    w_blocks = _blocks(w, block_n, block_k) if transposed else _blocks(w, block_k, block_n)
+    out_blocks, extra_blocks = _blocks(out, 64, block_n), None if extra is None else _blocks(extra, 64, block_n)
+    if resident:
+        tiles_m = triton.cdiv(rows, 64)
+        ranges = min(max(processors // tiles_n, 1), tiles_m)
+        matmul_resident_kernel[(tiles_n * ranges,)](
+            _blocks(x, 64, block_k), w_blocks, out_blocks, extra_blocks, row_scale, heads,
+            rows, tiles_m, tiles_n, ranges,
+            EPILOGUE=epilogue, HALF=half, TRANSPOSED=transposed, STEPS=steps, **config,
+        )  # fmt: skip
+        return
+    tiles = triton.cdiv(rows, 128) * tiles_n
+    matmul_streaming_kernel[(min(tiles, processors),)](
+        _blocks(x, 128, block_k), w_blocks, out_blocks, extra_blocks, row_scale, rows, tiles, tiles_n, steps,
+        EPILOGUE=epilogue, TRANSPOSED=transposed, **config,
+    )  # fmt: skip

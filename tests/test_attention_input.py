@@ -1,0 +1,119 @@
+"""The op between the residual stream and attention: against the reference in float64, and how it threads x0."""
+
+import os
+
+import pytest
+import torch
+
+from kernels import reference
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRET
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
+gpu = pytest.mark.gpu
+
+from kernels.attention_input import attention_input  # noqa: E402 (after the interpreter is known)
+
+
+def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip):
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape, kind=dtype):
+        return torch.randn(shape, generator=generator).to(device=device, dtype=kind)
+
+    dim = heads * head_dim
+    streams = [normal(batch, length, dim) for _ in range(3 if skip else 2)]
+    floats = [normal(*shape, kind=torch.float32) for shape in ((2, dim), (heads,), *(((dim,), (dim,)) if skip else ()))]
+    weight = (normal((heads + 2 * kv_heads) * head_dim, dim, kind=torch.float32) * dim**-0.5).to(dtype)
+    rotary = reference.rotary_table(length, 8, 1e4, length, device)
+    return streams, floats, weight, rotary
+
+
+def run(op, case, dtype=None, layers=2):
+    """Outputs and gradients of `layers` layers in a row, x0 handed on; dtype float64 is the truth."""
+    streams, floats, weight, rotary = case
+    if dtype is not None:
+        streams, floats, weight, rotary = (
+            [t.to(dtype) for t in streams],
+            [t.to(dtype) for t in floats],
+            weight.to(dtype),
+            [t.to(dtype) for t in rotary],
+        )
+    leaves = [t.detach().clone().requires_grad_() for t in (*streams, *floats, weight)]
+    x, x0, *skip = leaves[: len(streams)]
+    mix, gain, *skip_vectors = leaves[len(streams) : -1]
+    skip = (skip[0], *skip_vectors) if skip else None
+    collected = []
+    for _ in range(layers):
+        qkv, x, x0 = op(x, x0, mix, skip, leaves[-1], gain, *rotary, 0.5)
+        collected.append(qkv)
+    outputs = (*collected, x)
+    generator = torch.Generator().manual_seed(4)
+    grads = [torch.randn(y.shape, generator=generator).to(weight.device, case[2].dtype).to(y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, grads)
+    return [*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves)]
+
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@interpreted
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 5, 2, 1, 16), (1, 7, 4, 4, 16)])
+def test_values_in_the_interpreter(shape, layers, skip):
+    case = make(*shape, torch.float32, "cpu", skip)
+    truth = run(reference.attention_input, case, torch.float64, layers)
+    for i, (a, b) in enumerate(zip(run(attention_input, case, layers=layers), truth, strict=True)):
+        assert error(a, b) < 2e-5, i
+
+
+@interpreted
+def test_the_first_layer_may_mix_x0_with_itself():
+    case = make(1, 4, 2, 1, 16, torch.float32, "cpu", False)
+
+    def same(op):
+        def call(x, x0, *rest):
+            return op(x0, x0, *rest)
+
+        return call
+
+    truth = run(same(reference.attention_input), case, torch.float64, 1)
+    found = run(same(attention_input), case, layers=1)
+    for i, (a, b) in enumerate(zip(found, truth, strict=True)):
+        assert (a is None and b is None) or error(a, b) < 2e-5, i
+
+
+@interpreted
+def test_bad_input_is_named():
+    streams, floats, weight, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", False)
+    mix, gain = floats
+    with pytest.raises(ValueError, match=r"x and x0 \(B, T, D\).*got x \(1, 4, 32\), x0 \(1, 3, 32\)"):
+        attention_input(streams[0], streams[1][:, :3], mix, None, weight, gain, *rotary, 1.0)
+    with pytest.raises(ValueError, match=r"weight \(\(H \+ 2 G\) 16, 32\).*got \(48, 32\)"):
+        attention_input(*streams, mix, None, weight[:48], gain, *rotary, 1.0)
+    with pytest.raises(ValueError, match=r"contiguous weight"):
+        attention_input(*streams, mix, None, weight.half(), gain, *rotary, 1.0)
+
+
+@gpu
+class TestGPU:
+    @pytest.mark.parametrize("skip", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(2, 333, 8, 4, 64), (1, 65, 4, 1, 128)])
+    def test_no_further_from_float64_than_eager(self, shape, dtype, skip):
+        case = make(*shape, dtype, "cuda", skip)
+        truth = run(reference.attention_input, case, torch.float64)
+        ours, eager = run(attention_input, case), run(reference.attention_input, case)
+        for i, (a, b, c) in enumerate(zip(ours, eager, truth, strict=True)):
+            # A sum for each of a few heads is a small sample of roundings: there one unit of the dtype is allowed.
+            assert error(a, c) <= error(b, c) + (1e-6 if c.numel() > 32 else torch.finfo(dtype).eps), i
+
+    def test_repeats_to_the_bit_and_compiles_whole(self):
+        case = make(2, 256, 8, 4, 64, torch.bfloat16, "cuda", True)
+        first = run(attention_input, case)
+        assert all(torch.equal(a, b) for a, b in zip(first, run(attention_input, case), strict=True))
+        whole = torch.compile(attention_input, fullgraph=True)
+        for a, b in zip(run(whole, case), first, strict=True):
+            assert error(a, b.double()) < 1e-3

@@ -1,0 +1,413 @@
+"""mlp(), linear_add() and the products under them: against float64, in the interpreter and on a GPU; registration;
+compiled kernels."""
+
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+
+from kernels import reference
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRET
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the interpreter")
+gpu = pytest.mark.gpu
+
+if INTERPRET or CUDA:
+    from kernels import rotary
+    from kernels.matmul import down_backward, linear_add, qkv_forward, up_forward
+    from kernels.mlp import mlp, rms_rows
+
+SCALE = 0.7
+
+
+# ---------------------------------------------------------------------------------------------------------- oracle
+def torch_mlp(x, up, down):
+    """The reference: norm, hidden, product and residual, each rounded to the dtype of the inputs."""
+    return x + F.linear(reference.mlp_hidden(reference.rms_norm(x, SCALE), up), down)
+
+
+def torch_linear_add(x, y, weight):
+    return x + F.linear(y, weight)
+
+
+def make(shape, hidden, dtype, device, seed=0):
+    """x, up, down and a gradient. The second row of x is zero, the third tiny."""
+    generator = torch.Generator().manual_seed(seed)
+    dim = shape[-1]
+    x, g = (torch.randn(shape, generator=generator) for _ in range(2))
+    rows = x.flatten(0, -2)
+    rows[1:2] = 0
+    rows[2:3] *= 1e-4
+    up, down = torch.randn(hidden, dim, generator=generator), torch.randn(dim, hidden, generator=generator)
+    tensors = x, up / dim**0.5, down / hidden**0.5, g
+    return [y.to(dtype).to(device) for y in tensors]
+
+
+def run(f, *tensors):
+    """Output and gradients of f, of all but the last tensor, for the last as the gradient of the output."""
+    *inputs, g = tensors
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = f(*inputs)
+    out.backward(g)
+    return out.detach(), *(x.grad for x in inputs)
+
+
+def ours(x, up, down):
+    return mlp(x, up, down, SCALE)
+
+
+def error(a, b):
+    """Frobenius error relative to the truth. NaN fails every comparison."""
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+NAMES = ("out", "grad_x", "grad_up", "grad_down")
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty starts as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# ------------------------------------------------------------------------------------------- on the CPU, interpreted
+@interpreted
+@pytest.mark.parametrize(("shape", "hidden"), [((2, 35, 24), 40), ((1, 16), 16), ((65, 32), 136)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted_values(shape, hidden, dtype, poisoned):
+    tensors = make(shape, hidden, dtype, "cpu")
+    truth = run(torch_mlp, *(x.double() for x in tensors))
+    for name, a, b, c in zip(NAMES, run(ours, *tensors), truth, run(torch_mlp, *tensors), strict=True):
+        assert error(a, b) <= min(error(c, b) * 1.05, 1e-6 if dtype == torch.float32 else 1e-3) + 1e-7, name
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted_linear_add(dtype, poisoned):
+    x, weight, _, g = make((2, 35, 24), 24, dtype, "cpu")
+    y = g.roll(1, 0)
+    truth = run(torch_linear_add, *(t.double() for t in (x, y, weight, g)))
+    for name, a, b in zip(NAMES, run(linear_add, x, y, weight, g), truth, strict=True):
+        assert error(a, b) <= (1e-6 if dtype == torch.float32 else 1e-3), name
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_last_bit_is_the_sign(dtype):
+    """Nearest number of that parity: within a unit of the last place, and the gradient comes back from it."""
+    check_sign(dtype, "cpu")
+
+
+def check_sign(dtype, device):
+    """Square and derivative of u alone: the products are with the identity."""
+    u = torch.cat((torch.linspace(-3, 3, 4001), torch.tensor([0.0, 1e-2, -1e-2]))).to(device)
+    u = F.pad(u, (0, 4096 - u.numel())).view(-1, 16).to(dtype)
+    eye, ones = torch.eye(16, dtype=dtype, device=device), torch.ones(u.shape[0], device=device)
+    a = up_forward(u, eye, ones)
+    assert bool((a >= 0).all())
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal((a.view(integer) & 1).bool(), u < 0)
+    truth = F.leaky_relu(u.double(), 0.5).square()
+    unit = torch.finfo(dtype)
+    eps = unit.eps * (2 if dtype == torch.float32 else 1)  # float32 rounds the square before
+    assert bool(((a.double() - truth).abs() <= eps * truth + 2 * unit.smallest_normal * unit.eps).all())
+    du = down_backward(torch.ones_like(u), eye, a, ones)
+    slope = torch.where(u < 0, 0.5, 2.0).double() * u.double()
+    assert bool(((du.double() - slope).abs() <= eps * slope.abs() + 2 * unit.smallest_normal**0.5).all())
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "dim"), [(1, 16), (35, 24)])
+def test_row_statistics(rows, dim):
+    x = make((rows, dim), 16, torch.float32, "cpu")[0]
+    truth = SCALE / (x.double().square().mean(-1) + reference.RMS_EPS).sqrt()
+    torch.testing.assert_close(rms_rows(x, SCALE).double(), truth, rtol=1e-6, atol=0)
+
+
+@interpreted
+def test_registration():
+    x, up, down, _ = (t.requires_grad_() for t in make((2, 9, 16), 32, torch.float32, "cpu"))
+    torch.library.opcheck(torch.ops.golf.mlp.default, (x, up, down, SCALE))
+    torch.library.opcheck(torch.ops.golf.linear_add.default, (x, x.detach().clone().requires_grad_(), up[:16]))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": torch.zeros(16, 9)}, r"up \(16, 9\)"),
+        ({"down": torch.zeros(16, 8)}, r"down \(D, F\)"),
+        ({"down": torch.zeros(8, 16, dtype=torch.float64)}, "torch.float64"),
+        ({"x": torch.zeros(8, 4).T}, "strides"),
+        ({"x": torch.zeros(0, 8)}, "none empty"),
+        ({"scale": 0.0}, "not zero; got 0.0"),
+    ],
+)
+def test_errors_name_what_was_found(change, message):
+    arguments = {"x": torch.zeros(4, 8), "up": torch.zeros(16, 8), "down": torch.zeros(8, 16)} | change
+    with pytest.raises(ValueError, match=message):
+        mlp(**arguments)
+    if "up" in change:
+        with pytest.raises(ValueError, match=r"weight \(16, 9\)"):
+            linear_add(arguments["x"], arguments["x"], arguments["up"])
+
+
+@compiled
+def test_cpu_tensors_are_refused():
+    from kernels.mlp import mlp
+
+    x = torch.zeros(8, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        mlp(x, x, x)
+
+
+# -------------------------------------------------------------------------------------- on the CPU, compiled for H100
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FLOATS = ("scale", "eps")
+
+
+def compile_for_h100(kernel, constants, options, types=None):
+    """Compile without a GPU; registers, stack bytes, shared memory and SASS. An argument that is in none of the tables
+    is a pointer to bf16 where its name is in lower case without d_, else an integer."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif types and name in types:
+            signature[name] = types[name]
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif name.isupper() or name.startswith(("stride", "tiles", "steps", "ranges")):
+            signature[name] = "i32"
+        else:
+            signature[name] = "*fp32" if name == "row_scale" else "*bf16"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = (GluonASTSource if types else ASTSource)(
+        kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
+    return registers, stack, binary.metadata.shared, sass
+
+
+EPILOGUES = {  # transposed weight, reads extra, row factors
+    "activation": (True, False, True),
+    "residual": (True, True, False),
+    "derivative": (False, True, True),
+}
+
+
+@compiled
+@pytest.mark.parametrize("gpu_name", ["h100", "generic"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_portable_products_compile(epilogue, gpu_name):
+    from kernels import matmul as module
+
+    config = dict(module._configs(gpu_name)["portable"])
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    _, extra, scale = EPILOGUES[epilogue]
+    constants = {"EPILOGUE": epilogue} | config
+    constants |= ({} if extra else {"extra": None}) | ({} if scale else {"row_scale": None})
+    registers, stack, shared, sass = compile_for_h100(module.matmul_kernel, constants, options)
+    assert registers <= 255
+    assert stack <= 128  # addresses of what the epilogue reads, outside the loop
+    assert shared <= 96 * 1024
+    assert "HGMMA" in sass
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("name", "epilogue"),
+    [
+        *(("resident", epilogue) for epilogue in [*EPILOGUES, "heads"]),
+        *(("streaming", epilogue) for epilogue in EPILOGUES),
+    ],
+)
+def test_hopper_products_compile(name, epilogue):
+    from triton.experimental.gluon import language as gl
+
+    from kernels import matmul as module
+    from kernels import matmul_hopper
+
+    kernel = getattr(matmul_hopper, f"matmul_{name}_kernel")
+    config = dict(module._configs("h100")[name])
+    options = {key: config.pop(key) for key in ("num_warps", "maxnreg")}
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    transposed, extra, scale = EPILOGUES.get(epilogue, EPILOGUES["activation"])
+    n, k = config["BLOCK_N"], config["BLOCK_K"]
+    rows = 64 if name == "resident" else 128
+    blocks = {"d_x": (rows, k), "d_w": (n, k) if transposed else (k, n), "d_out": (64, n), "d_extra": (64, n)}
+    types = {name: f"tensordesc<bf16[{rows}, {columns}],{layout!r}>" for name, (rows, columns) in blocks.items()}
+    constants = {"EPILOGUE": epilogue, "TRANSPOSED": transposed} | config
+    constants |= ({} if extra else {"d_extra": None}) | ({} if scale else {"row_scale": None})
+    if name == "resident":
+        constants |= {"STEPS": 8, "HALF": 8}
+        if epilogue == "heads":
+            types["heads"] = (*["*fp32"] * 4, *["i32"] * 3)
+        else:
+            constants["heads"] = None
+    _, stack, shared, sass = compile_for_h100(kernel, constants, options, types)
+    assert stack == 0
+    assert shared <= 227 * 1024
+    assert "UTMALDG" in sass
+    assert "UTMASTG" in sass
+    # ptxas serialises products whose registers it cannot keep apart: an arrive and a wait around each instruction.
+    assert sass.count("WARPGROUP.ARRIVE") < sass.count("HGMMA") / 3
+    if epilogue == "heads":  # both values of a rotated pair lie in one thread
+        assert sass.count("SHFL") < 20
+
+
+@compiled
+@pytest.mark.parametrize("name", ["rms_rows", "rms_backward"])
+def test_row_kernels_compile(name):
+    from kernels import matmul as module
+    from kernels import mlp as rows
+
+    config = dict(module._configs("h100")[name])
+    options = {"num_warps": config.pop("num_warps")}
+    kernel = getattr(rows, f"{name}_kernel")
+    registers, stack, _, sass = compile_for_h100(kernel, {"BLOCK_D": 512, "D": 512} | config, options)
+    assert registers <= 128
+    assert stack == 0
+    assert "LDG.E.128" in sass
+
+
+# -------------------------------------------------------------------------------------------------------- on a GPU
+@gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+class TestGPU:
+    @pytest.mark.parametrize("rows", [1, 63, 65, 127, 129, 2048, 20001])
+    def test_values(self, rows, poisoned):
+        self.compare((rows, 512), 2048, torch.bfloat16)
+
+    @pytest.mark.parametrize(
+        ("shape", "hidden", "dtype"),
+        [
+            ((3, 333, 512), 2048, torch.float16),
+            ((777, 384), 1000, torch.bfloat16),
+            ((777, 1024), 4096, torch.bfloat16),
+            ((777, 64), 72, torch.bfloat16),
+            ((777, 100), 202, torch.bfloat16),  # rows that TMA cannot address
+        ],
+    )
+    def test_shapes(self, shape, hidden, dtype, poisoned):
+        self.compare(shape, hidden, dtype)
+
+    def compare(self, shape, hidden, dtype):
+        """No further from float64 than the eager chain in the same dtype."""
+        tensors = make(shape, hidden, dtype, "cuda")
+        truth = run(torch_mlp, *(x.double() for x in tensors))
+        for name, a, b, c in zip(NAMES, run(ours, *tensors), truth, run(torch_mlp, *tensors), strict=True):
+            assert error(a, b) <= error(c, b) + 1e-6, name
+
+    @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 512, 512), (20001, 512, 512), (777, 1000, 328)])
+    def test_linear_add(self, rows, inner, columns, poisoned):
+        y, weight, _, _ = make((rows, inner), columns, torch.bfloat16, "cuda")
+        x, _, _, g = make((rows, columns), 8, torch.bfloat16, "cuda", seed=1)
+        tensors = x, y, weight, g
+        truth = run(torch_linear_add, *(t.double() for t in tensors))
+        theirs = run(torch_linear_add, *tensors)
+        for name, a, b, c in zip(NAMES, run(linear_add, *tensors), truth, theirs, strict=True):
+            assert error(a, b) <= error(c, b) + 1e-6, name
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_last_bit_is_the_sign(self, dtype):
+        check_sign(dtype, "cuda")
+
+    @pytest.mark.parametrize(
+        ("rows", "heads", "kv_heads", "half"), [(4096, 8, 4, 8), (2048 + 130, 3, 1, 8), (130, 4, 2, 32), (130, 4, 2, 2)]
+    )
+    def test_qkv(self, rows, heads, kv_heads, half, poisoned):
+        """What the kernel of its own does behind a rounded product, and no further from float64."""
+        total = heads + 2 * kv_heads
+        x, weight, _, _ = make((rows, 512), total * 64, torch.bfloat16, "cuda")
+        length = rows // 2
+        gain = torch.linspace(-2, 5, heads, device="cuda")
+        cos, sin = reference.rotary_table(length, 2 * half, 1e4, 1024, "cuda")
+        row_scale = rms_rows(x, SCALE)
+        qkv, inv_rms = qkv_forward(x, weight, row_scale, gain, cos, sin, kv_heads, length)
+        raw = (x.double() @ weight.double().T).view(rows, total, 64)
+        theirs = raw.bfloat16()
+        their_rms = rotary.qkv_forward(theirs, gain, cos, sin, row_scale, kv_heads, length)
+        scaled = (raw * row_scale.double()[:, None, None]).view(2, length, total, 64)
+        q, k, v = scaled.split([heads, kv_heads, kv_heads], 2)
+        q, k = reference.qk_norm_rotary(q, k, gain.double(), cos, sin)
+        truth = torch.cat((q, k, v), 2).view(rows, total, 64)
+        assert error(qkv, truth) <= error(theirs, truth) * 1.001
+        assert error(inv_rms, their_rms.double()) < 1e-3
+
+    def test_compiled_whole(self):
+        tensors = make((2, 300, 512), 2048, torch.bfloat16, "cuda")
+        whole = torch.compile(lambda x, up, down: linear_add(ours(x, up, down) * 2, x, up[:512]), fullgraph=True)
+        eager = run(lambda x, up, down: linear_add(ours(x, up, down) * 2, x, up[:512]), *tensors)
+        for a, b in zip(run(whole, *tensors), eager, strict=True):
+            assert error(a, b.double()) < 2e-3
+
+    def test_registration(self):
+        x, up, down, _ = (t.requires_grad_() for t in make((2, 96, 512), 2048, torch.bfloat16, "cuda"))
+        torch.library.opcheck(torch.ops.golf.mlp.default, (x, up, down, SCALE))
+        y = x.detach().clone().requires_grad_()
+        torch.library.opcheck(torch.ops.golf.linear_add.default, (x, y, up[:512]))
+
+    def test_cuda_graph(self):
+        *tensors, g = make((1000, 512), 2048, torch.bfloat16, "cuda")
+        static = [x.clone().requires_grad_() for x in tensors]
+
+        def step():
+            out = linear_add(ours(*static), static[0], static[1][:512])
+            return out, *torch.autograd.grad(out, static, g)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        fresh = make((1000, 512), 2048, torch.bfloat16, "cuda", seed=7)
+        with torch.no_grad():
+            for x, y in zip(static, fresh, strict=False):
+                x.copy_(y)
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_first_call_of_a_thread(self):
+        """A thread whose first use of the device is one of these products, as autograd's may be."""
+        x, up, _, _ = make((130, 512), 512, torch.bfloat16, "cuda")
+        out = []
+        thread = threading.Thread(target=lambda: out.append(linear_add(x, x, up)))
+        thread.start()
+        thread.join()
+        assert torch.equal(out[0], linear_add(x, x, up))
+
+    def test_offsets_past_two_to_the_31(self):
+        """The last rows of a tensor of more than 2**31 elements agree with the same rows alone."""
+        x, up, down, _ = make((2048, 512), 2048, torch.bfloat16, "cuda")
+        far = x.repeat(520, 1)
+        a = up_forward(far, up, rms_rows(far))
+        assert a.numel() > 2**31
+        assert torch.equal(a[-2048:], up_forward(x, up, rms_rows(x)))
+        assert torch.equal(mlp(far, up, down)[-2048:], mlp(x, up, down))
