@@ -10,21 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from bench.common import RESULTS, short_name
 from gpt.record import write_atomic
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def short_name(device: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `h100`; a CPU is `cpu`."""
-    found = re.search(r"\b([ABHLV]\d{2,3}S?|RTX \d{4})\b", device)
-    return found.group(1).lower().replace(" ", "") if found else "cpu"
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

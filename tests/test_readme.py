@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bench.runs import compare, short_name
+from bench.common import short_name
+from bench.runs import compare
 from gpt.config import PRESETS, ROOT
 
 README = (ROOT / "README.md").read_text()
