@@ -116,7 +116,6 @@ def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str
 def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
-    # Every token lengthens the context: compiled kernels would be compiled for each length.
     model = artifact.model(select("reference", ranks.device), ranks.device, ranks.dtype)
     prompt = tokenizer.encode(arguments.prompt)
     tokens = generate(

@@ -6,15 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import quantize
 from gpt import artifact, pack
 from gpt.config import BOS, ROOT
 from gpt.data import open_shard, val_shards, write_shard
-from gpt.generate import draw, generate, stream_text
+from gpt.generate import Decoder, draw, generate, stream_text
+from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
 
@@ -101,20 +104,50 @@ def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: py
         run("sample", path, "--top-p", "1.5")
 
 
-def test_generation_sees_its_context_and_stops() -> None:
-    config = tiny_config()
-    model, depth = tiny_model(config), config.depth(True)
-    prompt = random_tokens(40, 64).tolist()
-    tokens = list(generate(model, depth, prompt, 30, 0.0, 1.0, seed=0, stop=()))
-    ids = [BOS, *prompt]
+def uncached(model: GPT, depth: tuple[int, ...], row: list[int]) -> Tensor:
+    """Logits after a row, all of it computed anew, with the angles of a whole context."""
+    cos, sin = model.rotary(model.config.context)
     with torch.no_grad():
-        for token in tokens:
-            row = torch.tensor([ids[-16:]])
-            assert token == int(model.logits(row, depth, model.rotary(row.size(1))).argmax())
-            ids.append(token)
-    stopped = list(generate(model, depth, prompt, 30, 0.0, 1.0, seed=0, stop=tokens[3:4]))
+        return model.logits(torch.tensor([row]), depth, (cos[: len(row)], sin[: len(row)]))[0]
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 5, "recur_layers": (1, 2, 3)}, {"eval_seq_len": 24}])
+@pytest.mark.parametrize("recurrence", [False, True])
+def test_cached_logits_are_the_whole_forwards(document_mask: bool, settings: dict[str, Any], recurrence: bool) -> None:
+    """One token or several at a time, over document starts; in float64 nothing but rounding is left."""
+    config = tiny_config(document_mask=document_mask, **settings)
+    depth = config.depth(recurrence)
+    tokens = random_tokens(config.context, 64).tolist()
+    tokens[5] = BOS
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-6)):  # logits are float32
+        model = tiny_model(config, dtype)
+        decoder, end = Decoder(model, depth), 0
+        for count in (3, 1, 1, 4, 1, 1, 5):
+            found = decoder.extend(tokens[end : end + count])
+            end += count
+            torch.testing.assert_close(found, uncached(model, depth, tokens[:end]), rtol=tolerance, atol=tolerance)
+        assert end == 16
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("prompt_length", [0, 15, 40])
+def test_greedy_generation_is_the_uncached_one(document_mask: bool, prompt_length: int) -> None:
+    """Token by token, far past the context: a full row goes on with its last half."""
+    config = tiny_config(document_mask=document_mask)
+    model, depth = tiny_model(config), config.depth(True)
+    prompt = [token for token in random_tokens(80, 64).tolist() if token != BOS][:prompt_length]
+    tokens = list(generate(model, depth, prompt, 40, 0.0, 1.0, seed=0, stop=()))
+    assert len(tokens) == 40
+    row = [BOS, *prompt]
+    for token in tokens:
+        if len(row) > 16:
+            row = row[-8:]
+        assert token == int(uncached(model, depth, row).argmax())
+        row = [BOS] if token == BOS and document_mask else [*row, token]
+    stopped = list(generate(model, depth, prompt, 40, 0.0, 1.0, seed=0, stop=tokens[3:4]))
     assert stopped == tokens[: tokens.index(tokens[3])]
-    assert list(generate(model, depth, [], 0, 1.0, 1.0, seed=0)) == []
+    assert list(generate(model, depth, prompt, 0, 1.0, 1.0, seed=0)) == []
 
 
 def test_top_p_keeps_the_fewest_tokens() -> None:
