@@ -1,8 +1,10 @@
-"""Scores an artifact, lets it write, or makes another one from a finished run.
+"""Scores an artifact, lets it write, makes another one from a finished run, hands runs in and checks what is handed in.
 
     python quantize.py score ARTIFACT             BPB of its model on the validation shards, plain and sliding
     python quantize.py sample ARTIFACT --prompt "Once upon a time"
     python quantize.py pack RUN --clip-sigmas 13  quantise the run's EMA weights again
+    python quantize.py submission RUN... --out FOLDER --author NAME --github-id ID
+    python quantize.py check FOLDER               such a folder, ours or anybody's, from its files alone
 
 score and sample need the artifact, its tokenizer and, for scoring, the shards; nothing else of the run that made it.
 Under torchrun the ranks share the scoring.
@@ -13,9 +15,11 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
-from gpt.artifact import MAX_TOKENS, Artifact, ArtifactError, count_code, load
+from gpt.artifact import MAX_TOKENS, Artifact, ArtifactError, load
+from gpt.bundle import count_code
 from gpt.config import ARTIFACT_LIMIT, PRESETS, ROOT, ConfigError
 from gpt.data import DataError, calibration_batches, load_validation
 from gpt.distributed import Ranks, distributed, run_program
@@ -28,6 +32,8 @@ from gpt.score import Score, score, validation_text
 from gpt.tokenizer import Tokenizer
 from kernels import KernelError, select
 
+# What a user can mend: shown without a traceback.
+ERRORS = (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError, OSError)
 SAMPLE_DATA, SAMPLE_TOKENIZER = (Path(PRESETS["sample"][name]) for name in ("data_path", "tokenizer_path"))
 
 
@@ -162,6 +168,31 @@ def pack_run(arguments: Namespace, ranks: Ranks) -> None:
         print(f"{packed.table()}\n{packed.path}  sha256 {packed.sha256}")
 
 
+def write_submission(arguments: Namespace, ranks: Ranks) -> None:
+    from gpt.folder import write
+    from gpt.submission import gather
+
+    facts = gather(
+        arguments.runs,
+        author=arguments.author,
+        github_id=arguments.github_id,
+        name=arguments.name,
+        blurb=arguments.blurb,
+        declared=arguments.declare,
+    )
+    write(arguments.out, arguments.runs, facts, arguments.artifacts)
+    print(f"{arguments.out}: val_bpb {facts.val_bpb:.5f}, {facts.total_bytes:,} bytes with code")
+    print("\n".join(facts.stamps), end="\n" * bool(facts.stamps))
+
+
+def check_submission(arguments: Namespace, ranks: Ranks) -> int:
+    from gpt.review import review
+
+    found = review(arguments.folder)
+    print(found.table())
+    return int(found.failed)
+
+
 def parse(arguments: list[str]) -> Namespace:
     def number(kind: type[float], low: float, high: float = float("inf")):  # type: ignore[no-untyped-def]
         def read(text: str) -> float:
@@ -214,6 +245,29 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--calibration-batches", type=number(int, 1), help="default: the run's")
     command.add_argument("--out", type=Path, help="file to write; default: RUN/repacked.pga")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
+    if find_spec("gpt.submission") is None:
+        return parser.parse_args(arguments)  # train_gpt.py does not carry what follows
+
+    command = commands.add_parser("submission", help="a folder to hand in, from finished runs of three seeds or more")
+    command.set_defaults(run=write_submission, device="cpu")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; must not exist")
+    command.add_argument("--author", required=True)
+    command.add_argument("--github-id", required=True)
+    command.add_argument("--name", default="", help="of the entry; default: made from the configuration")
+    command.add_argument("--blurb", default="", help="a sentence or two; no scores: those come from the records")
+    command.add_argument("--artifacts", action="store_true", help="put the artifacts into the folder, too")
+    command.add_argument(
+        "--declare",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="hand in, stamped, what is refused for: few-seeds, leaking, non-canonical or other-code",
+    )
+
+    command = commands.add_parser("check", help="a submission's folder from its files alone; exit code 1 if it fails")
+    command.set_defaults(run=check_submission, device="cpu")
+    command.add_argument("folder", type=Path)
     return parser.parse_args(arguments)
 
 
@@ -221,11 +275,11 @@ def main(command_line: list[str]) -> int:
     arguments = parse(command_line)
     try:
         with distributed(arguments.device) as ranks:
-            arguments.run(arguments, ranks)
-    except (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError, OSError) as error:
+            code: int = arguments.run(arguments, ranks) or 0
+    except ERRORS as error:
         print(f"quantize.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 if __name__ == "__main__":

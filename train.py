@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from gpt.artifact import ArtifactError, count_code, load
+from gpt.artifact import ArtifactError, load
+from gpt.bundle import count_code
 from gpt.config import ROOT, Config, ConfigError, check_environment, load_config
 from gpt.data import DataError, Tokenizer, calibration_batches, load_validation
 from gpt.distributed import Ranks, distributed, run_program

@@ -12,9 +12,7 @@ they are: parting their even and odd positions, as the seed does, changes the co
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import lzma
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,8 +42,6 @@ MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_TOKENS = 1 << 20  # of a row
 MAX_BATCH = 1 << 24  # tokens
 MAX_DEPTH = 1 << 10  # virtual layers
-# Program files that a submission carries.
-CODE = ("train.py", "quantize.py", "gpt/**/*.py", "gpt/**/*.json", "kernels/**/*.py", "kernels/**/*.json")
 
 Kind = Literal["int6", "int8", "float16", "float32"]
 DTYPES: dict[Kind, str] = {"int6": "<i1", "int8": "<i1", "float16": "<f2", "float32": "<f4"}
@@ -336,19 +332,3 @@ def load(path: str | Path) -> Artifact:
         raise ArtifactError(f"{path}: {error.strerror}") from None
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from None
-
-
-# Code.
-
-
-def count_code(root: str | Path) -> int:
-    """Bytes that the program adds to a submission: its files in one LZMA stream, as text (base85).
-
-    Files: the two programs, every module and table of gpt and kernels (CODE). A submission's code is one Python file,
-    so the compressed stream has to be text; this is what the field's own submissions carry.
-    """
-    files = sorted({path for pattern in CODE for path in Path(root).glob(pattern)})
-    archive = b"".join(
-        f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes() for path in files
-    )
-    return len(base64.b85encode(lzma.compress(archive, preset=9 | lzma.PRESET_EXTREME)))

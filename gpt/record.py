@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from gpt.bundle import code_sha256
 from gpt.config import ROOT, Config
 from gpt.distributed import Ranks
 
@@ -65,7 +66,9 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        # Only this project's repository: a home that is one holds the source of a one-file program, too.
+        commit = git("rev-parse", "HEAD") if (ROOT / ".git").exists() else ""
+        commit += "+" if commit and git("status", "--porcelain", "--untracked-files=no") else ""
     except FileNotFoundError:
         commit = ""
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
@@ -77,6 +80,7 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda,
         "world_size": ranks.world_size,
+        "code_sha256": code_sha256(ROOT),
         "git_commit": commit or os.environ.get("GIT_COMMIT") or None,  # the name for a copy without its repository
     }
 

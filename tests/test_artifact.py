@@ -251,13 +251,3 @@ def test_saving_leaves_whole_files_only(tmp_path: Path) -> None:
     artifact.save(path, DATA)
     assert path.read_bytes() == DATA
     assert [p.name for p in tmp_path.iterdir()] == ["model.pga"]
-
-
-def test_code_is_counted_compressed_as_text(tmp_path: Path) -> None:
-    (tmp_path / "gpt").mkdir()
-    (tmp_path / "train.py").write_text("print(1)\n")
-    empty = artifact.count_code(tmp_path)
-    (tmp_path / "gpt" / "noise.py").write_bytes(random.Random(1).randbytes(10_000))
-    (tmp_path / "notes.md").write_bytes(bytes(10_000))
-    assert 12_500 < artifact.count_code(tmp_path) - empty < 12_900
-    assert 10_000 < artifact.count_code(ROOT) < 200_000

@@ -1,0 +1,249 @@
+"""A submission's folder, written from the facts of its runs.
+
+train_gpt.py          the program in one file (gpt.bundle)     submission.json      what leaderboards read
+README.md             results, how to run                      requirements.txt     versions of the runs
+train_seed42.log ...  one a seed, from the run's records       model_seed42.pga ... artifacts, where asked for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt.config import ARTIFACT_LIMIT, MACHINE, Config, build_config
+from gpt.submission import Facts, Seed, SeedRun, SubmissionError
+
+LABELS = {
+    "ema": "pre-quantization post-ema",
+    "artifact": "quantized",
+    "artifact_sliding": "quantized_sliding_window",
+    "artifact_ttt": "quantized_ttt",
+}
+
+
+def label(score: str) -> str:
+    """A score's name in the field's logs."""
+    return LABELS.get(score, score)
+
+
+def settings(config: Config) -> dict[str, str]:
+    """The settings by their environment names that make this configuration; a seed and places come beside them."""
+    preset = build_config(preset=config.preset)
+    chosen: dict[str, str] = {"PRESET": config.preset}
+    for name in Config.model_fields:
+        value = getattr(config, name)
+        if name in MACHINE | {"preset", "seed"} or value == getattr(preset, name):
+            continue
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        chosen[name.upper()] = str(int(value) if isinstance(value, bool) else value)
+    return chosen
+
+
+def submission_json(facts: Facts) -> dict[str, Any]:
+    score = facts.score
+    return {
+        "author": facts.author,
+        "github_id": facts.github_id,
+        "name": facts.name,
+        "date": facts.date,
+        "track": "10min_16mb" if facts.record else "non_record_16mb",
+        "blurb": facts.blurb,
+        "declared": list(facts.declared),
+        "stamps": facts.stamps,
+        "val_loss": round(facts.mean(lambda s: s.val_loss), 8),
+        "val_loss_std": round(facts.std(lambda s: s.val_loss), 8),
+        "val_bpb": facts.val_bpb,
+        "val_bpb_std": round(facts.std(lambda s: s.val_bpb), 8),
+        "pre_quant_val_bpb": round(facts.mean(lambda s: s.scores["ema"]["bpb"]), 8),
+        "score": {"name": label(facts.headline), **{k: score[k] for k in ("context", "stride")}},
+        "val_tokens": score["tokens"],
+        "val_bytes": score["bytes"],
+        "bytes_total": facts.total_bytes,
+        "bytes_code": len(facts.code),
+        "seeds": [s.seed for s in facts.seeds],
+        "seed_results": {
+            str(s.seed): {
+                "val_loss": s.val_loss,
+                "val_bpb": s.val_bpb,
+                "pre_quant_val_bpb": s.scores["ema"]["bpb"],
+                "artifact_bytes": s.total_bytes,  # the field's meaning: with the code
+                "model_bytes": s.model_bytes,
+                "artifact_sha256": s.sha256,
+                "steps": s.steps,
+                "step_avg_ms": s.step_ms,
+                "train_time_s": s.train_seconds,
+                "calibration_time_s": s.calibration_seconds,
+                "eval_time_s": s.eval_seconds,
+            }
+            for s in facts.seeds
+        },
+        "hardware": facts.hardware,
+        "pytorch_version": facts.environment["packages"]["torch"],
+        "cuda_version": facts.environment["cuda"],
+        "compliance": facts.compliance,
+        "git_commit": facts.environment.get("git_commit"),
+        "code_sha256": facts.code_sha256,
+        "train_gpt_sha256": hashlib.sha256(facts.code).hexdigest(),
+        "settings": settings(facts.config),
+    }
+
+
+def seed_log(facts: Facts, seed: Seed, run: SeedRun) -> str:
+    """The run as the field's programs log it, from its records."""
+    config, environment = run.config, run.environment
+    hyperparameters = config.model_dump(mode="json", exclude=MACHINE)
+    lines = [
+        f"run {seed.run}, written from its records by quantize.py submission",
+        *(f"*** {stamp} ***" for stamp in facts.stamps),
+        "Hyperparameters:",
+        *(f"  {name}: {value}" for name, value in sorted(hyperparameters.items())),
+        "Environment:",
+        f"  hardware: {facts.hardware}",
+        f"  cuda: {environment['cuda']}",
+        f"  python: {environment['python']}",
+        *(f"  {package}: {version}" for package, version in environment["packages"].items()),
+        f"  git_commit: {environment.get('git_commit')}",
+        f"  code_sha256: {environment.get('code_sha256')}",
+        f"started {environment['started']}: {environment['command']}",
+        *(f"resumed {entry['started']}: {entry['command']}" for entry in run.resumed),
+    ]
+    for entry in run.metrics:
+        step = f"step:{entry['step']}/{config.iterations}"
+        if "val_loss" in entry:
+            lines.append(f"{step} val_loss:{entry['val_loss']:.4f} val_bpb:{entry['val_bpb']:.4f}")
+        else:
+            average = f" step_avg:{entry['ms_per_step']:.2f}ms" if entry["ms_per_step"] else ""
+            lines.append(
+                f"{step} train_loss:{entry['train_loss']:.4f} train_time:{1e3 * entry['elapsed']:.0f}ms{average} "
+                f"grad_norm:{entry['gradient_norm']:.4f} lr_factor:{entry['lr_factor']:.4f} layers:{entry['layers']}"
+            )
+    lines += [
+        f"stopped step:{seed.steps}/{config.iterations} train_time:{1e3 * seed.train_seconds:.0f}ms "
+        f"calibration_time:{1e3 * seed.calibration_seconds:.0f}ms",
+        f"Code size: {len(facts.code)} bytes",
+        f"Serialized model int6+brotli: {seed.model_bytes} bytes",
+        f"Total submission size int6+brotli: {seed.total_bytes} bytes",
+        f"Artifact sha256: {seed.sha256}",
+    ]
+    lines += [
+        f"{label(name)} val_loss:{s['nats_per_token']:.8f} val_bpb:{s['bpb']:.8f} tokens:{s['tokens']} "
+        f"bytes:{s['bytes']} context:{s['context']} stride:{s['stride']} eval_time:{1e3 * s['seconds']:.0f}ms"
+        for name, s in seed.scores.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def readme(facts: Facts, artifacts: bool) -> str:
+    score, environment = facts.score, facts.environment
+    chosen = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings(facts.config).items())
+    ranks = environment["world_size"]
+    launcher = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
+    count = len(facts.seeds)
+    of = f"mean of {count} seeds, std {facts.std(lambda s: s.val_bpb):.5f}" if count > 1 else "one seed"
+    stamps = "\n>\n".join(f"> **{stamp}**" for stamp in facts.stamps)
+    files = "\n".join(f"    {s.sha256}  {model_name(s.seed)}" for s in facts.seeds)
+    kept = "are in this folder" if artifacts else "are not in this folder; running the program makes them"
+    return f"""# {"Record" if facts.record else "Non-record"}: {facts.name}, val_bpb {facts.val_bpb:.5f}
+
+**val_bpb {facts.val_bpb:.5f}** ({of}) | **{facts.total_bytes:,} bytes** with code | {facts.hardware}
+
+{stamps}
+
+{facts.blurb}
+
+## Results
+
+{results(facts)}
+
+The score handed in is bold: {label(facts.headline)}, context {score["context"]}, stride {score["stride"]},
+{score["tokens"]:,} tokens of {score["bytes"]:,} bytes, each token after the first once. train_gpt.py takes
+{len(facts.code):,} of the {ARTIFACT_LIMIT:,} bytes allowed. Training and calibration are on one clock. "artifact" and
+what follows it are scores of the weights read back from the artifact.
+
+## Run
+
+    pip install -r requirements.txt
+    {chosen} SEED={facts.seeds[0].seed} {launcher} train_gpt.py --data-path DATA --tokenizer-path TOKENIZER
+    python train_gpt.py quantize score runs/NAME/model.pga --data-path DATA --tokenizer-path TOKENIZER
+    python train_gpt.py source
+
+DATA is the folder of the shards, TOKENIZER their SentencePiece model. The last command prints where the readable
+source lies: train_gpt.py carries it compressed and unpacks it into the user's cache. All settings are in each log.
+
+## Artifacts
+
+They {kept}. sha256:
+
+{files}
+
+Code: sha256 {facts.code_sha256} of the files in train_gpt.py.
+torch {environment["packages"]["torch"]}, CUDA {environment["cuda"]}, Python {environment["python"]}.
+
+This file, submission.json and the logs were written together from the records of the runs.
+"""
+
+
+def results(facts: Facts) -> str:
+    """The table of all seeds."""
+    names = list(facts.seeds[0].scores)
+    titles = {"ema": "EMA", "artifact": "artifact", "artifact_sliding": "sliding", "artifact_ttt": "test-time trained"}
+    head = ["seed", *(f"BPB, {titles.get(name, name)}" for name in names), "nats a token", "steps", "ms a step"]
+    lines = [[*head, "training + calibration, s", "model bytes", "with code"]]
+    lines.append(["---:"] * len(lines[0]))
+
+    def cells(bpb: Callable[[str], float], nats: float) -> list[str]:
+        shown = {name: f"{bpb(name):.5f}" for name in names}
+        shown[facts.headline] = f"**{shown[facts.headline]}**"
+        return [*shown.values(), f"{nats:.5f}"]
+
+    def over(statistic: Callable[[Callable[[Seed], float]], float]) -> list[str]:
+        return cells(lambda name: statistic(lambda s: float(s.scores[name]["bpb"])), statistic(lambda s: s.val_loss))
+
+    for s in facts.seeds:
+        times = f"{s.train_seconds:.1f} + {s.calibration_seconds:.1f}"
+        own = cells({name: s.scores[name]["bpb"] for name in names}.__getitem__, s.val_loss)
+        lines.append(
+            [str(s.seed), *own, f"{s.steps:,}", f"{s.step_ms:.1f}", times, f"{s.model_bytes:,}", f"{s.total_bytes:,}"]
+        )
+    if len(facts.seeds) > 1:
+        lines += [["mean", *over(facts.mean)], ["std", *over(facts.std)]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def model_name(seed: int) -> str:
+    return f"model_seed{seed}.pga"
+
+
+def requirements(environment: Mapping[str, Any]) -> str:
+    """The runs' versions; local ones, as torch's +cu130, are known to no index."""
+    pinned = {name: version for name, version in environment["packages"].items() if version}
+    lines = [f"{name}=={version.partition('+')[0]}" for name, version in pinned.items()]
+    return "\n".join([*lines, "tqdm", "matplotlib"]) + "\n"
+
+
+def write(folder: Path, paths: Sequence[Path], facts: Facts, artifacts: bool) -> None:
+    """The folder, whole or not at all. Raises SubmissionError where it exists."""
+    if folder.exists():
+        raise SubmissionError(f"{folder} exists; wanted a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as parent:
+        partial = Path(parent) / folder.name
+        partial.mkdir()
+        (partial / "train_gpt.py").write_bytes(facts.code)
+        (partial / "submission.json").write_text(json.dumps(submission_json(facts), indent=2) + "\n")
+        (partial / "README.md").write_text(readme(facts, artifacts))
+        (partial / "requirements.txt").write_text(requirements(facts.environment))
+        runs = {run.seed: run for run in map(SeedRun.read, paths)}
+        for seed in facts.seeds:
+            run = runs[seed.seed]
+            (partial / f"train_seed{seed.seed}.log").write_text(seed_log(facts, seed, run))
+            if artifacts:
+                shutil.copyfile(run.path / "model.pga", partial / model_name(seed.seed))
+        partial.rename(folder)

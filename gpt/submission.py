@@ -1,0 +1,355 @@
+"""What finished runs, one a seed, amount to when handed in together; and what may not be.
+
+Every figure of a submission comes from the runs' records by way of one object, Facts, so no two of its files can
+disagree: gpt.folder writes them. What reviewers would refuse is refused here; some of it may be declared instead, and
+is then stamped wherever the score is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt import artifact, bundle
+from gpt.config import ARTIFACT_LIMIT, MACHINE, ROOT, Config
+from gpt.record import RecordError, read_config
+
+SECONDS_LIMIT = 600  # of training with calibration, and again of scoring
+FEWEST_SEEDS = 3
+# The field's exports of FineWeb's validation: its first 50,000 documents. Counts are of whole rows; what is left of
+# the text after the last whole row may or may not be scored.
+VAL_TOKENS = {
+    "sp1024": 62_021_632,
+    "sp4096": 45_508_608,
+    "sp8192": 40_540_160,
+    "sp8192, long rows": 40_538_112,
+    "sp8192 CaseOps": 47_851_520,
+    "bytes": 151_130_112,
+}
+VAL_BYTES = 151_080_891
+TAIL_TOKENS, TAIL_BYTES = 2048, 20_000
+
+# What a submission may own up to, and the words that then stand wherever its score does.
+DECLARATIONS = {
+    "few-seeds": "FEWER THAN THREE SEEDS",
+    "leaking": "LEAKING: the model was trained on tokens that it is scored on",
+    "non-canonical": "NON-CANONICAL VALIDATION: not comparable with scores on FineWeb",
+    "other-code": "OTHER CODE: train_gpt.py is not the code that made these runs",
+}
+
+
+class SubmissionError(RecordError):
+    """Runs cannot be handed in together; the message says what was found and what was wanted."""
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """A finished run's records."""
+
+    path: Path
+    config: Config
+    environment: dict[str, Any]
+    resumed: list[dict[str, Any]]
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    model: bytes
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @classmethod
+    def read(cls, path: Path) -> SeedRun:
+        """Raises RecordError where `path` is no run's folder, SubmissionError where the run is not finished."""
+        config = read_config(path)
+
+        def lines(name: str) -> list[dict[str, Any]]:
+            file = path / name
+            return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+        try:
+            environment = json.loads((path / "environment.json").read_text())
+            if not (path / "summary.json").exists():
+                raise SubmissionError(f"{path} is not finished: no summary.json; train.py --resume {path}")
+            summary = json.loads((path / "summary.json").read_text())
+            model = (path / "model.pga").read_bytes()
+            return cls(path, config, environment, lines("resumed.jsonl"), summary, lines("metrics.jsonl"), model)
+        except (OSError, json.JSONDecodeError) as error:
+            raise RecordError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed's figures, as every file shows them."""
+
+    seed: int
+    run: str
+    val_bpb: float
+    val_loss: float  # nats a token
+    scores: dict[str, dict[str, Any]]
+    steps: int
+    train_seconds: float
+    calibration_seconds: float
+    eval_seconds: float
+    step_ms: float
+    model_bytes: int
+    total_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a submission says, once."""
+
+    name: str
+    author: str
+    github_id: str
+    date: str
+    blurb: str
+    declared: tuple[str, ...]
+    headline: str  # the score handed in, a key of summary.json's scores
+    seeds: tuple[Seed, ...]
+    config: Config  # of the first seed
+    environment: dict[str, Any]
+    code: bytes  # train_gpt.py
+    code_sha256: str  # of the files in it
+
+    def mean(self, value: Callable[[Seed], float]) -> float:
+        return statistics.fmean(map(value, self.seeds))
+
+    def std(self, value: Callable[[Seed], float]) -> float:
+        """Of the sample, n - 1; 0 for one seed."""
+        return statistics.stdev(map(value, self.seeds)) if len(self.seeds) > 1 else 0.0
+
+    @property
+    def val_bpb(self) -> float:
+        return round(self.mean(lambda seed: seed.val_bpb), 8)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the largest seed."""
+        return max(seed.total_bytes for seed in self.seeds)
+
+    @property
+    def score(self) -> dict[str, Any]:
+        """Of the first seed; tokens, bytes, context and stride are those of all."""
+        return self.seeds[0].scores[self.headline]
+
+    @property
+    def hardware(self) -> str:
+        return f"{self.environment['world_size']}x {self.environment['device'].removeprefix('NVIDIA ')}"
+
+    @property
+    def compliance(self) -> dict[str, bool]:
+        leaking = "leaking" in self.declared
+        found = {
+            "train_under_600s": all(s.train_seconds + s.calibration_seconds <= SECONDS_LIMIT for s in self.seeds),
+            "eval_under_600s": all(s.eval_seconds <= SECONDS_LIMIT for s in self.seeds),
+            "artifact_under_16mb": self.total_bytes <= ARTIFACT_LIMIT,
+            "no_slot": True,  # the program has none of these three
+            "no_etlb": True,
+            "no_ngram_cache": True,
+            "no_pre_quant_ttt": not leaking,
+            "three_seeds": len(self.seeds) >= FEWEST_SEEDS,
+            "canonical_validation": "non-canonical" not in self.declared,
+        }
+        return found | ({"score_first_ttt": not leaking} if "ttt" in self.headline else {})
+
+    @property
+    def record(self) -> bool:
+        """Whether it can stand on the leaderboard; anything else goes to the track beside it."""
+        machine = self.environment["world_size"] == 8 and "H100" in self.environment["device"]
+        return machine and not self.declared and all(self.compliance.values())
+
+    @property
+    def stamps(self) -> list[str]:
+        return [DECLARATIONS[name] for name in self.declared]
+
+
+# Reading and refusing.
+
+
+def leaking(record: Any) -> bool:
+    """Whether a record is stamped so anywhere: a true value under a name of these, or the word itself."""
+    if isinstance(record, Mapping):
+        named = any(str(key).lower() in {"leak", "leaks", "leaking"} and record[key] for key in record)
+        return named or any(map(leaking, record.values()))
+    if isinstance(record, list | tuple):
+        return any(map(leaking, record))
+    return isinstance(record, str) and "LEAKING" in record
+
+
+def canonical(tokens: int, size: int | None) -> bool:
+    """Whether these are the counts of FineWeb's validation, up to the tail after its last whole row."""
+    counted = any(0 <= tokens - count < TAIL_TOKENS for count in VAL_TOKENS.values())
+    return counted and (size is None or 0 <= VAL_BYTES - size < TAIL_BYTES)
+
+
+def gather(
+    paths: Sequence[Path],
+    *,
+    author: str,
+    github_id: str,
+    name: str = "",
+    blurb: str = "",
+    declared: Sequence[str] = (),
+    root: Path = ROOT,
+) -> Facts:
+    """The facts of a submission of these runs with the program under `root`.
+
+    Raises SubmissionError, naming every reason, where they cannot be handed in together.
+    """
+    if unknown := sorted(set(declared) - DECLARATIONS.keys()):
+        raise SubmissionError(f"--declare {', '.join(unknown)}: wanted one of {', '.join(DECLARATIONS)}")
+    runs = sorted((SeedRun.read(path) for path in paths), key=lambda run: run.seed)
+    code, code_sha256 = bundle.build(root), bundle.code_sha256(root)
+    refused, undeclared = _refusals(runs, len(code)), _declarable(runs, code_sha256)
+    if not refused and "other-code" not in undeclared:
+        refused += _mixed_up(runs)
+    refused += [
+        f"{reason} (--declare {kind} hands it in with a stamp)"
+        for kind, reason in undeclared.items()
+        if kind not in declared
+    ]
+    unfounded = sorted(set(declared) - undeclared.keys())
+    refused += [f"--declare {kind}: the records say nothing of the kind" for kind in unfounded]
+    if figures := re.findall(r"\d\.\d{3,}", f"{name} {blurb}"):
+        refused.append(f"{', '.join(figures)} in name or blurb: figures come from the records alone")
+    if refused:
+        raise SubmissionError("\n  ".join(["cannot be handed in:", *refused]) if len(refused) > 1 else refused[0])
+
+    headline = _headline(runs[0])
+    config = runs[0].config
+    layers, virtual = config.num_layers, len(runs[0].summary["depth"])
+    recurrence = f", depth recurrence {','.join(map(str, config.recur_layers))}" if virtual > layers else ""
+    return Facts(
+        name=name
+        or f"SP{config.vocab_size} {layers}L/{virtual}V {config.model_dim}d{recurrence}, Muon banks, GPTQ int6",
+        author=author,
+        github_id=github_id,
+        date=max(run.environment["started"] for run in runs)[:10],
+        blurb=blurb or "Plain PyTorch and Triton; every figure is written from the runs' records.",
+        declared=tuple(sorted(undeclared)),
+        headline=headline,
+        seeds=tuple(_seed(run, headline, len(code)) for run in runs),
+        config=config,
+        environment=runs[0].environment,
+        code=code,
+        code_sha256=code_sha256,
+    )
+
+
+def _headline(run: SeedRun) -> str:
+    """The artifact's last score: each comes from a costlier way of scoring than the one before."""
+    return [name for name in run.summary["scores"] if name.startswith("artifact")][-1]
+
+
+def _seed(run: SeedRun, headline: str, code_bytes: int) -> Seed:
+    summary = run.summary
+    scores = {
+        name: {**score, "bpb": round(score["bpb"], 8), "nats_per_token": round(score["nats_per_token"], 8)}
+        for name, score in summary["scores"].items()
+    }
+    return Seed(
+        seed=run.seed,
+        run=summary["run"],
+        val_bpb=scores[headline]["bpb"],
+        val_loss=scores[headline]["nats_per_token"],
+        scores=scores,
+        steps=summary["steps"],
+        train_seconds=summary["seconds"],
+        calibration_seconds=summary["calibration_seconds"],
+        eval_seconds=round(sum(s["seconds"] for name, s in scores.items() if name.startswith("artifact")), 3),
+        step_ms=summary["ms_per_step"] or 0.0,
+        model_bytes=len(run.model),
+        total_bytes=len(run.model) + code_bytes,
+        sha256=summary["artifact"]["sha256"],
+    )
+
+
+def _refusals(runs: Sequence[SeedRun], code_bytes: int) -> list[str]:
+    """What no declaration helps against."""
+    first = runs[0]
+    reasons = []
+    for run in runs:
+        recorded, found = run.summary["artifact"]["sha256"], hashlib.sha256(run.model).hexdigest()
+        if found != recorded:
+            reasons.append(f"{run.path}/model.pga has sha256 {found}, the record {recorded}: not the run's artifact")
+        total = len(run.model) + code_bytes
+        if total > ARTIFACT_LIMIT:
+            reasons.append(
+                f"{run.path}: {len(run.model):,} bytes of model and {code_bytes:,} of code are {total:,}, "
+                f"wanted at most {ARTIFACT_LIMIT:,}"
+            )
+        if run is first:
+            continue
+        one, other = (r.config.model_dump(mode="json", exclude=MACHINE | {"seed"}) for r in (first, run))
+        if changed := [f"{name} {one[name]}, {other[name]}" for name in one if one[name] != other[name]]:
+            reasons.append(f"{first.path} and {run.path} are of different configurations: {'; '.join(changed)}")
+        if changed := [f"{what} {a}, {b}" for what, a, b in _machines(first, run) if a != b]:
+            reasons.append(f"{first.path} and {run.path} ran on different machines: {'; '.join(changed)}")
+        if _text(run) != _text(first):
+            reasons.append(f"{first.path} and {run.path} were scored differently: {_text(first)}, {_text(run)}")
+    for what, values in (
+        ("seed", [str(run.seed) for run in runs]),
+        ("artifact", [hashlib.sha256(run.model).hexdigest() for run in runs]),
+    ):
+        for value in sorted({value for value in values if values.count(value) > 1}):
+            owners = [str(run.path) for run, own in zip(runs, values, strict=True) if own == value]
+            reasons.append(f"{what} {value} is shared by {' and '.join(owners)}: wanted one of each run's own")
+    return reasons
+
+
+def _machines(one: SeedRun, other: SeedRun) -> list[tuple[str, Any, Any]]:
+    a, b = one.environment, other.environment
+    return [(name, a.get(name), b.get(name)) for name in ("device", "world_size", "cuda")] + [
+        ("torch", a["packages"]["torch"], b["packages"]["torch"])
+    ]
+
+
+def _text(run: SeedRun) -> dict[str, tuple[int, ...]]:
+    """What each score is of: tokens, bytes, context, stride."""
+    return {
+        name: tuple(s[k] for k in ("tokens", "bytes", "context", "stride")) for name, s in run.summary["scores"].items()
+    }
+
+
+def _mixed_up(runs: Sequence[SeedRun]) -> list[str]:
+    """Parts of a run's folder that are of another run; to be asked only where the code is that of the runs."""
+    reasons = []
+    for run in runs:
+        fingerprint = run.config.fingerprint()
+        if run.summary["fingerprint"] != fingerprint:
+            reasons.append(f"{run.path}/summary.json is of another configuration than config.json")
+        if artifact.parse(run.model).config.fingerprint() != fingerprint:
+            reasons.append(f"{run.path}/model.pga is of another configuration than config.json")
+    return reasons
+
+
+def _declarable(runs: Sequence[SeedRun], code_sha256: str) -> dict[str, str]:
+    """What is wrong with the runs that may be handed in all the same, with a stamp."""
+    found = {}
+    if len(runs) < FEWEST_SEEDS:
+        found["few-seeds"] = f"{len(runs)} seed{'s' * (len(runs) > 1)}, wanted at least {FEWEST_SEEDS}"
+    stamped = [str(run.path) for run in runs if leaking([run.summary, run.environment, run.metrics])]
+    if stamped:
+        found["leaking"] = f"stamped as leaking: {', '.join(stamped)}"
+    tokens, size, *_ = _text(runs[0])[_headline(runs[0])]
+    if not canonical(tokens, size):
+        found["non-canonical"] = (
+            f"scored {tokens:,} tokens of {size:,} bytes, wanted all of FineWeb's validation: {VAL_BYTES:,} bytes, "
+            f"{VAL_TOKENS['sp8192']:,} tokens at sp8192"
+        )
+    for run in runs:
+        used = {entry.get("code_sha256") for entry in (run.environment, *run.resumed)}
+        if used != {code_sha256}:
+            commit = run.environment.get("git_commit") or "unknown"
+            found["other-code"] = f"{run.path} ran with other code than stands here: commit {commit}"
+            break
+    return found
