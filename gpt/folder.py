@@ -147,16 +147,14 @@ def readme(facts: Facts, artifacts: bool) -> str:
     launcher = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     count = len(facts.seeds)
     of = f"mean of {count} seeds, std {facts.std(lambda s: s.val_bpb):.5f}" if count > 1 else "one seed"
-    stamps = "\n>\n".join(f"> **{stamp}**" for stamp in facts.stamps)
+    stamps = "".join(f"> **{stamp}**\n\n" for stamp in facts.stamps)
     files = "\n".join(f"    {s.sha256}  {model_name(s.seed)}" for s in facts.seeds)
     kept = "are in this folder" if artifacts else "are not in this folder; running the program makes them"
     return f"""# {"Record" if facts.record else "Non-record"}: {facts.name}, val_bpb {facts.val_bpb:.5f}
 
 **val_bpb {facts.val_bpb:.5f}** ({of}) | **{facts.total_bytes:,} bytes** with code | {facts.hardware}
 
-{stamps}
-
-{facts.blurb}
+{stamps}{facts.blurb}
 
 ## Results
 

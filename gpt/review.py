@@ -28,7 +28,9 @@ LAST_STEP = 1  # second, by which a run that stops at the cap may overrun it
 SAME_BPB = 3e-6
 # Training steps in a log, and what comes before them: settings.
 STEP = re.compile(r"^(?:step:)?\d+/\d+ ", re.M)
-OWN_TO_A_SEED = re.compile(r"seed|run|log|path|dir|file|time|rank|port|memory|step$|^(?:https?|W\d+)$")
+OWN_TO_A_SEED = re.compile(
+    r"(?:^|_)(?:seed|run|id|log|logfile|path|dir|files?|time|rank|port|memory|command)(?:_|$)|warmup_step$|^https?$|^W\d"
+)
 PRE_QUANT_TTT = re.compile(
     r"^.*(?:pre[-_ ]?quant[-_ ]?ttt|ttt_adamw|ttt_adapt)\S*.*(?:epoch|loss|val_bpb)\D*\d.*$", re.I | re.M
 )
@@ -124,13 +126,14 @@ class Log:
 
 
 def number(record: Mapping[str, Any], *names: str) -> float | None:
-    """The first of these fields that is a number; JSON's true and false are none."""
+    """The first of these fields that is a finite number; JSON's true and false are none."""
     values = (record.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int | float) and not isinstance(value, bool)), None)
+    found = (value for value in values if isinstance(value, int | float) and not isinstance(value, bool))
+    return next((value for value in found if abs(value) < 1e15), None)
 
 
 def shown(value: float | None) -> str:
-    return "none" if value is None else f"{value:,}"
+    return "none" if value is None else f"{value:,}".removesuffix(".0")
 
 
 def plain(value: str) -> str | float:
@@ -169,7 +172,7 @@ def review(folder: Path) -> Review:
             about = json.loads((folder / "submission.json").read_bytes())
             right = isinstance(about, dict)
             about = about if right else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             right = False
             found.row("submission.json", False, error, "JSON")
         else:
@@ -205,7 +208,7 @@ def find_logs(folder: Path, results: Iterable[str]) -> dict[str, Log]:
     for log in logs:
         seed = log.last(r"^\s*seed: ?(\d+)\s*$")
         if seed is None:
-            named = [seed for seed in results if re.search(rf"(?<!\d){seed}(?!\d)", log.name)]
+            named = [seed for seed in results if re.search(rf"(?<!\d){re.escape(seed)}(?!\d)", log.name)]
             seed = named[0] if len(named) == 1 else None
         if seed is not None and "val_bpb" in log.text:
             first = chosen.setdefault(seed, log)
@@ -224,7 +227,7 @@ def _program(found: Review, code: bytes | None, about: Mapping[str, Any], logs: 
             if name.endswith(".py"):
                 compile(data, name, "exec", dont_inherit=True)
         found.row("program compiles", True, f"{len(files)} files in one" if files else "one file", "Python")
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         found.row("program compiles", False, error, "Python of this version")
     size = about.get("bytes_code")
     found.row("code bytes, JSON", None if size is None else size == len(code), size, f"{len(code)}, of train_gpt.py")
@@ -314,15 +317,15 @@ def _sizes(
             found.row(f"total bytes of {seed}, JSON", claimed == totals[seed], shown(claimed), shown(totals[seed]))
     largest = max(totals.values(), default=0)
     fits = largest <= ARTIFACT_LIMIT if totals else None
-    size_text = f"{largest:,} bytes"
+    size_text = f"{largest:,.0f} bytes"
     if fits is False and code is not None:
-        size_text += f"; {largest - code_bytes + len(bundle.packed(code)):,} if train_gpt.py were compressed"
+        size_text += f"; {largest - code_bytes + len(bundle.packed(code)):,.0f} if train_gpt.py were compressed"
     found.row("model + code", fits, size_text, f"at most {ARTIFACT_LIMIT:,} with train_gpt.py as it is")
     claimed = number(about, "bytes_total")
     if totals and claimed is not None:
         mean = round(statistics.fmean(totals.values()))
         right = claimed in (largest, mean, *totals.values())
-        found.row("bytes_total", right, shown(claimed), f"{largest:,}, the largest, or {mean:,}, the mean")
+        found.row("bytes_total", right, shown(claimed), f"{largest:,.0f}, the largest, or {mean:,}, the mean")
 
     named = [str(result["artifact_sha256"]) for result in results.values() if "artifact_sha256" in result]
     logged_digests = [digest for log in logs.values() if (digest := log.last(r"^Artifact sha256: (\S+)$"))]
@@ -386,7 +389,9 @@ def _figures(
             figures = re.findall(r"(?<![\d.])\d\.\d{4,}", rows[seed])
             right = any(agree(bpb, figure) for figure in figures) if figures else None
             found.row(f"val_bpb of {seed}, README", right, ", ".join(figures), bpb)
-            sizes = [int(size.replace(",", "")) for size in re.findall(r"\d{1,3}(?:,\d{3}){2,}", rows[seed])]
+            sizes = [
+                int(size.replace(",", "")) for size in re.findall(r"\d{1,3}(?:,\d{3}){2,}|\d{3},\d{3}", rows[seed])
+            ]
             known = {number(result, name) for name in ("artifact_bytes", "bytes_total", "model_bytes")} - {None}
             if sizes and known:
                 right = all(size in known for size in sizes)
@@ -398,15 +403,18 @@ def _figures(
     commands = "\n".join(block for block in blocks if "train_gpt" in block)
     tokens = re.findall(r"\b([A-Z][A-Z0-9_]{2,})=(\"[^\"]*\"|\S+)", commands)
     chosen = {name.lower(): value for name, value in tokens}
-    settings = {name: value for log in logs.values() for name, value in log.settings.items()}
-    known_settings = sorted((chosen.keys() & settings.keys()) - {"seed"})
-    wrong = [name for name in known_settings if plain(chosen[name]) != plain(settings[name])]
-    found.row(
-        "settings in README",
-        not wrong if known_settings else None,
-        ", ".join(f"{name} {chosen[name]}" for name in wrong or known_settings) or "none found",
-        ", ".join(f"{name} {settings[name]}" for name in wrong) or "those of the logs",
-    )
+    logged = {name: value for log in logs.values() for name, value in log.settings.items()}
+    listed = about.get("settings")
+    in_json = {name.lower(): str(value) for name, value in listed.items()} if isinstance(listed, dict) else {}
+    for what, given in (("README", chosen), *([("JSON", in_json)] if in_json else [])):
+        shared = sorted((given.keys() & logged.keys()) - {"seed"})
+        wrong = [name for name in shared if plain(given[name]) != plain(logged[name])]
+        found.row(
+            f"settings in {what}",
+            not wrong if shared else None,
+            ", ".join(f"{name} {given[name]}" for name in wrong) or f"{len(shared)} compared",
+            ", ".join(f"{name} {logged[name]}" for name in wrong) or "those of the logs",
+        )
 
 
 def _statistics(found: Review, about: Mapping[str, Any], bpb: float, values: list[float], readme: str) -> None:
@@ -423,7 +431,7 @@ def _statistics(found: Review, about: Mapping[str, Any], bpb: float, values: lis
         ("head", r"val[_ ]?bpb\W{0,5}(\d\.\d{3,})", "\n".join(readme.splitlines()[1:12])),
     ):
         figures = re.findall(pattern, text, re.I)
-        figures = [figure for figure in figures if 0.5 < float(figure) < 3]
+        figures = [figure for figure in figures if 0.3 < float(figure) < 10]
         same = all(agree(bpb, figure) for figure in figures) if figures else None
         found.row(f"val_bpb in README's {what}", same, ", ".join(figures) or "none", bpb)
 

@@ -1,0 +1,367 @@
+"""Handing runs in: the folder, what is refused, and the check that reads a folder's files alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantize
+from gpt import bundle, review, submission
+from gpt.config import ROOT, load_config
+from gpt.folder import seed_log, settings, submission_json
+from gpt.record import RecordError, read_config
+from gpt.submission import VAL_BYTES, Facts, SeedRun, SubmissionError, canonical, gather, leaking
+from tests.test_bundle import sample_data, script, small_run
+
+
+def gathered(paths: Sequence[Path], **settings: Any) -> Facts:
+    return gather(paths, author="A. Person", github_id="person", **settings)
+
+
+OPTIONS = ("--author", "A. Person", "--github-id", "person", "--declare", "non-canonical")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three finished runs, seeds 7, 42 and 1000."""
+    folder = tmp_path_factory.mktemp("handed-in")
+    data = sample_data(folder / "data")
+    return [small_run(data, folder / "runs", f"run-{seed}", SEED=seed) for seed in ("42", "7", "1000")]
+
+
+@pytest.fixture(scope="module")
+def handed_in(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("submissions") / "first"
+    assert hand_in(*runs, "--out", out, "--artifacts", *OPTIONS) == 0
+    return out
+
+
+def hand_in(*arguments: str | Path) -> int:
+    return quantize.main(["submission", *map(str, arguments)])
+
+
+def doctored(run: Path, folder: Path, file: str = "", change: Callable[[dict[str, Any]], object] = dict) -> Path:
+    """A copy of a run, one of its records changed."""
+    copy = folder / run.name
+    shutil.copytree(run, copy)
+    if file:
+        record = json.loads((copy / file).read_text())
+        change(record)
+        (copy / file).write_text(json.dumps(record))
+    return copy
+
+
+def test_the_folder_is_what_the_field_expects(handed_in: Path, runs: list[Path]) -> None:
+    logs = [f"train_seed{seed}.log" for seed in (7, 42, 1000)]
+    models = [f"model_seed{seed}.pga" for seed in (7, 42, 1000)]
+    assert {path.name for path in handed_in.iterdir()} == {
+        "README.md", "submission.json", "requirements.txt", "train_gpt.py", *logs, *models
+    }  # fmt: skip
+    about = json.loads((handed_in / "submission.json").read_text())
+    summaries = {run: json.loads((run / "summary.json").read_text()) for run in runs}
+    bpbs = [round(summary["scores"]["artifact_sliding"]["bpb"], 8) for summary in summaries.values()]
+    code = bundle.build(ROOT)
+    assert (handed_in / "train_gpt.py").read_bytes() == code
+    assert about["seeds"] == [7, 42, 1000]
+    assert about["val_bpb"] == pytest.approx(statistics.fmean(bpbs), abs=1e-8)
+    assert about["val_bpb_std"] == pytest.approx(statistics.stdev(bpbs), abs=1e-8)
+    assert about["bytes_code"] == len(code)
+    assert about["bytes_total"] == max((run / "model.pga").stat().st_size for run in runs) + len(code)
+    assert (about["track"], about["declared"]) == ("non_record_16mb", ["non-canonical"])
+    assert (about["val_tokens"], about["author"], about["github_id"]) == (2000, "A. Person", "person")
+    assert not about["compliance"]["canonical_validation"]
+    readme = (handed_in / "README.md").read_text()
+    assert readme.startswith(
+        f"# Non-record: SP1024 3L/4V 32d, depth recurrence 1, Muon banks, GPTQ int6, val_bpb {about['val_bpb']:.5f}"
+    )
+    for run, summary in summaries.items():
+        seed, result = summary["seed"], about["seed_results"][str(summary["seed"])]
+        log = (handed_in / f"train_seed{seed}.log").read_text()
+        assert result["artifact_sha256"] == summary["artifact"]["sha256"]
+        assert (handed_in / f"model_seed{seed}.pga").read_bytes() == (run / "model.pga").read_bytes()
+        for text in (
+            f"\n  seed: {seed}\n",
+            f"Code size: {len(code)} bytes",
+            f"Total submission size int6+brotli: {result['artifact_bytes']} bytes",
+            f"quantized_sliding_window val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} tokens:2000 ",
+            "step:4/4 train_loss:",
+            "step:2/4 val_loss:",
+            result["artifact_sha256"],
+        ):
+            assert text in log
+        assert f"| {seed} | " in readme
+        assert f"**{result['val_bpb']:.5f}**" in readme
+        assert f"{result['artifact_bytes']:,}" in readme
+        assert result["artifact_sha256"] in readme
+    for name in ("README.md", *logs):
+        assert "NON-CANONICAL VALIDATION" in (handed_in / name).read_text()
+    assert "brotli==" in (handed_in / "requirements.txt").read_text()
+    assert "+cu" not in (handed_in / "requirements.txt").read_text()
+
+
+def test_the_readmes_command_makes_the_same_configuration(
+    handed_in: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(runs[1])
+    (command,) = re.findall(
+        r"^    (PRESET=.*) python train_gpt.py --data-path", (handed_in / "README.md").read_text(), re.M
+    )
+    chosen = dict(setting.split("=", 1) for setting in command.split())
+    assert chosen == {**settings(config), "SEED": "7"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert load_config([]).fingerprint() == config.fingerprint()
+
+
+def test_its_own_check_finds_nothing(handed_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize.main(["check", str(handed_in)]) == 0
+    printed = capsys.readouterr().out
+    assert "FAIL  " not in printed
+    assert re.search(r"^declared +validation", printed, re.M)
+    assert re.search(r"^0 FAIL, 2 declared, 0 unknown, \d\d ok$", printed, re.M)
+    # Without artifacts as well: sizes are then those of logs and JSON.
+    bare = tmp_path / "bare"
+    shutil.copytree(handed_in, bare, ignore=shutil.ignore_patterns("*.pga"))
+    assert quantize.main(["check", str(bare)]) == 0
+    assert quantize.main(["check", str(tmp_path / "none")]) == 2
+
+
+def edited(name: str, old: str, new: str, count: int = 1) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert re.search(old, text)
+        (folder / name).write_text(re.sub(old, new, text, count=count))
+
+    return edit
+
+
+def same_scores(folder: Path) -> None:
+    """One artifact scored for two seeds, as by runs that shared a file."""
+    first, second = (folder / f"train_seed{seed}.log" for seed in (7, 42))
+    scores = {line.split()[0]: line for line in first.read_text().splitlines() if line.startswith("quantized")}
+    lines = [scores.get(line.split()[0], line) for line in second.read_text().splitlines()]
+    second.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("doctor", "failing"),
+    [
+        (lambda folder: (folder / "train_gpt.py").unlink(), {"files"}),
+        (lambda folder: (folder / "submission.json").write_text("{"), {"submission.json", "fields"}),
+        (edited("submission.json", r'"author": "A. Person",', ""), {"fields"}),
+        (edited("train_gpt.py", r'""" *\n', '"""\nx = (\n'), {"program compiles", "code bytes, JSON"}),
+        (
+            edited("train_gpt.py", "import atexit\n", "import atexit, re\n"),
+            {"code bytes, JSON", "code bytes, logs", "train_gpt_sha256"},
+        ),
+        (edited("submission.json", r'"seeds": \[\s+7,', '"seeds": [42,'), {"seeds distinct", "results of each seed"}),
+        (lambda folder: (folder / "train_seed7.log").unlink(), {"log of each seed"}),
+        (edited("train_seed42.log", r"  matrix_lr: \S+", "  matrix_lr: 0.5"), {"one configuration, logs"}),
+        (edited("submission.json", r'"model_bytes": (\d+)', r'"model_bytes": 1\1'), {"model bytes of 7, JSON"}),
+        (
+            edited("submission.json", r'"artifact_bytes": (\d+)', r'"artifact_bytes": 1\1'),
+            {"total bytes of 7, JSON", "bytes of 7, README"},
+        ),
+        (edited("train_seed7.log", r"(Serialized .*: )(\d+)", r"\g<1>1\2"), {"model bytes of 7, log"}),
+        (edited("train_seed7.log", r"Artifact sha256: \w", "Artifact sha256: x"), {"sha256, logs and JSON"}),
+        (
+            lambda folder: shutil.copy(folder / "model_seed7.pga", folder / "model_seed42.pga"),
+            {"artifacts distinct, files", "artifacts in the folder"},
+        ),
+        (same_scores, {"scores of seeds differ"}),
+        (
+            edited("submission.json", r'"val_bpb": (\d\.\d\d)\d', r'"val_bpb": \g<1>9'),
+            {"val_bpb is the mean", "val_bpb in README's title", "val_bpb in README's head"},
+        ),
+        (edited("submission.json", r'"val_bpb_std": 0', '"val_bpb_std": 1'), {"val_bpb_std"}),
+        (edited("README.md", r"val_bpb \d\.\d", "val_bpb 1.0"), {"val_bpb in README's title"}),
+        (edited("README.md", r"\| 42 \|.*?\*\*\d\.\d\d", "| 42 | **1.01"), {"val_bpb of 42, README"}),
+        (edited("README.md", "TRAIN_SEQ_LEN=32", "TRAIN_SEQ_LEN=64"), {"settings in README"}),
+        (edited("submission.json", '"TRAIN_SEQ_LEN": "32"', '"TRAIN_SEQ_LEN": "64"'), {"settings in JSON"}),
+        (edited("README.md", "NON-CANONICAL", "CANONICAL"), {"declared"}),
+        (edited("submission.json", '"non_record_16mb"', '"10min_16mb"'), {"track"}),
+        (edited("submission.json", r'\[\s+"non-canonical"\s+\]', "[]"), {"validation", "compliance"}),
+        (edited("submission.json", '"val_bytes": ', '"val_bytes": 1'), {"validation, logs"}),
+        (edited("train_seed7.log", "step:1/4 ", "LEAKING\nstep:1/4 "), {"leak stamps"}),
+        (
+            edited("train_seed7.log", "Code size", "ttt_adamw:epoch 1/2 loss:1.2\nCode size"),
+            {"training before scoring"},
+        ),
+        (edited("train_seed7.log", "code_sha256: .", "code_sha256: x"), {"code of the runs"}),
+        (edited("submission.json", r'"train_time_s": ', '"train_time_s": 900'), {"training, s"}),
+    ],
+)
+def test_the_check_sees(doctor: Callable[[Path], None], failing: set[str], handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "doctored"
+    shutil.copytree(handed_in, folder)
+    doctor(folder)
+    found = review.review(folder)
+    assert found.failed
+    assert failing <= {row.name for row in found.rows if row.verdict == "FAIL"}
+    assert all(row.name in found.table() for row in found.rows)
+
+
+def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
+    """Laid out as the field's: seeds as an object, other names of bytes, a log that starts with the program."""
+    program = "import sys\n\nclass H:\n    matrix_lr: float = 0.5\n"
+    (tmp_path / "train_gpt.py").write_text(program)
+    size = len(program)
+    seeds = {"1": (1.08209788, 15_991_018), "2": (1.08314800, 15_992_546)}
+    for seed, (bpb, total) in seeds.items():
+        (tmp_path / f"train_seed{seed}.log").write_text(
+            f"{program}{'=' * 100}\nHyperparameters:\n  matrix_lr: 0.02\n  logfile: logs/{seed}.txt\n  seed: {seed}\n"
+            f"val_loader:shards pattern=x tokens:40540160\n1/20000 train_loss: 9.0 train_time: 0.0m\n"
+            f"stopping_early: wallclock_cap train_time: 588138ms step: 4988/20000\nCode size: {size} bytes\n"
+            f"Serialized model quantized+brotli: {total - size} bytes\n"
+            f"Total submission size quantized+brotli: {total} bytes\nlegal_ttt_exact val_loss:2.79 val_bpb:{bpb:.8f}\n"
+        )
+    mean = statistics.fmean(bpb for bpb, _ in seeds.values())
+    about = {
+        "author": "x", "github_id": "x", "name": "x", "date": "2026-04-06",
+        "val_bpb": round(mean, 5), "bytes_total": 15_992_546,
+        "seeds": {seed: {"val_bpb": bpb, "bytes_total": total} for seed, (bpb, total) in seeds.items()},
+    }  # fmt: skip
+    (tmp_path / "submission.json").write_text(json.dumps(about))
+    (tmp_path / "README.md").write_text(
+        f"# Record: x, val_bpb {mean:.4f}\n\n| Seed | BPB | Bytes |\n|-|-|-|\n"
+        + "".join(f"| {seed} | **{bpb:.5f}** | {total:,} |\n" for seed, (bpb, total) in seeds.items())
+        + "\n```bash\nMATRIX_LR=0.02 SEED=1 torchrun --nproc_per_node=8 train_gpt.py\n```\n"
+    )
+    found = {row.name: row.verdict for row in review.review(tmp_path).rows}
+    assert {name for name, verdict in found.items() if verdict == "FAIL"} == {"number of seeds"}
+    assert found["settings in README"] == found["one configuration, logs"] == found["validation"] == "ok"
+    assert found["code bytes, JSON"] == found["scoring, s"] == "unknown"
+    # Whatever stands in the JSON: rows, no traceback.
+    values: list[Any] = [None, "x", "(", [], [{}], {"1": None}, {"(": {}}, True, -1e9, 1e300, math.nan]
+    for value in values:
+        for name in (
+            "seeds",
+            "seed_results",
+            "val_bpb",
+            "bytes_total",
+            "declared",
+            "compliance",
+            "stamps",
+            "val_tokens",
+        ):
+            (tmp_path / "submission.json").write_text(json.dumps({**about, name: value}))
+            assert review.review(tmp_path).table()
+        changed = {
+            seed: dict.fromkeys(("val_bpb", "bytes_total", "train_time_s", "artifact_sha256"), value) for seed in seeds
+        }
+        (tmp_path / "submission.json").write_text(json.dumps({**about, "seeds": changed}))
+        assert review.review(tmp_path).table()
+
+
+def test_what_is_refused(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = runs
+    number = iter(range(100))
+
+    def refusal(*paths: Path, declared: tuple[str, ...] = ("non-canonical",), **settings: str) -> str:
+        with pytest.raises(SubmissionError) as error:
+            gathered(paths, declared=declared, **settings)
+        return str(error.value)
+
+    def changed(run: Path, file: str = "", change: Callable[[dict[str, Any]], object] = dict) -> Path:
+        return doctored(run, tmp_path / str(next(number)), file, change)
+
+    digest = json.loads((first / "summary.json").read_text())["artifact"]["sha256"]
+    shared = changed(second, "summary.json", lambda r: r["artifact"].update(sha256=digest))
+    shutil.copy(first / "model.pga", shared)
+    assert re.search(rf"artifact {digest} is shared by .*run-7 and .*run-42", refusal(first, shared, third))
+    swapped = changed(second)
+    shutil.copy(first / "model.pga", swapped)
+    assert "not the run's artifact" in refusal(first, swapped, third)
+    other = changed(second, "config.json", lambda r: r.update(matrix_lr=0.5))
+    assert "different configurations: matrix_lr 0.5, 0.02" in refusal(first, other, third)
+    assert "seed 42 is shared by" in refusal(first, changed(first), third)
+    machine = changed(second, "environment.json", lambda r: r.update(device="NVIDIA H100 80GB HBM3"))
+    assert "ran on different machines: device NVIDIA H100" in refusal(first, machine, third)
+    text = changed(second, "summary.json", lambda r: r["scores"]["artifact"].update(tokens=1999))
+    assert "were scored differently" in refusal(first, text, third)
+    unfinished = changed(second)
+    (unfinished / "summary.json").unlink()
+    assert "is not finished" in refusal(first, unfinished, third)
+    with pytest.raises(RecordError, match="is not a run's folder"):
+        gathered([tmp_path])
+    edited_config = changed(second, "config.json", lambda r: r.update(seed=8))
+    assert "model.pga is of another configuration" in refusal(first, edited_config, third)
+
+    assert "--declare few-seeds" in refusal(first, second)
+    assert "scored 2,000 tokens" in refusal(*runs, declared=())
+    leak = changed(second, "summary.json", lambda r: r.update(leaking=True))
+    assert "stamped as leaking" in refusal(first, leak, third)
+    rebuilt = changed(second, "environment.json", lambda r: r.update(code_sha256="0" * 64))
+    assert "ran with other code than stands here" in refusal(first, rebuilt, third)
+    assert "--declare leaking: the records say nothing of the kind" in refusal(
+        *runs, declared=("non-canonical", "leaking")
+    )
+    assert "wanted one of few-seeds" in refusal(*runs, declared=("nothing",))
+    assert "1.0527 in name or blurb" in refusal(*runs, name="1.0527 at last")
+    both = refusal(first, leak, declared=())
+    assert all(f"(--declare {kind}" in both for kind in ("few-seeds", "leaking", "non-canonical"))
+    monkeypatch.setattr(submission, "ARTIFACT_LIMIT", 100_000)
+    assert re.search(r"bytes of model and [\d,]+ of code are [\d,]+, wanted at most 100,000", refusal(*runs))
+
+
+def test_what_is_declared_is_stamped(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leak = doctored(runs[0], tmp_path, "summary.json", lambda r: r.update(leaking=True))
+    out = tmp_path / "out"
+    wrong = (*OPTIONS, "--declare", "few-seeds")
+    assert hand_in(leak, runs[1], "--out", out, *wrong) == 2
+    assert "stamped as leaking" in capsys.readouterr().err
+    assert not out.exists()
+    assert hand_in(leak, runs[1], "--out", out, *wrong, "--declare", "leaking") == 0
+    assert hand_in(leak, runs[1], "--out", out, *wrong, "--declare", "leaking") == 2
+    assert "wanted a new folder" in capsys.readouterr().err
+    for name in ("README.md", "train_seed7.log", "train_seed42.log"):
+        text = (out / name).read_text()
+        assert all(stamp in text for stamp in ("LEAKING", "NON-CANONICAL", "FEWER THAN THREE SEEDS"))
+    found = {row.name: row.verdict for row in review.review(out).rows}
+    assert "FAIL" not in found.values()
+    assert found["leak stamps"] == found["number of seeds"] == found["validation"] == "declared"
+    assert not list(tmp_path.glob(".out-*"))
+
+
+def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path: Path) -> None:
+    canonical_runs = []
+    for run in runs:
+        copy = doctored(
+            run, tmp_path, "environment.json", lambda r: r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
+        )
+        summary = json.loads((copy / "summary.json").read_text())
+        for score in summary["scores"].values():
+            score.update(tokens=40_541_000, bytes=VAL_BYTES - 12)
+        (copy / "summary.json").write_text(json.dumps(summary))
+        canonical_runs.append(copy)
+    facts = gathered(canonical_runs)
+    about = submission_json(facts)
+    assert facts.record
+    assert (about["track"], about["declared"], about["hardware"]) == ("10min_16mb", [], "8x H100 80GB HBM3")
+    log = seed_log(facts, facts.seeds[0], SeedRun.read(canonical_runs[1]))
+    assert log.count("tokens:40541000 bytes:151080879") == 3
+
+
+def test_counts_and_stamps() -> None:
+    assert canonical(40_540_160, 151_078_222)
+    assert canonical(62_021_632, None)
+    assert not canonical(40_546_304, 151_074_634)
+    assert not canonical(9_662_464, None)
+    assert not canonical(40_540_160, 176_000_000)
+    assert leaking({"scores": [{"form": "x", "Leaking": True}]})
+    assert leaking({"stamp": "LEAKING: trained on validation"})
+    assert not leaking({"leaking": False, "leaks": [], "note": "leaky_relu"})
+
+
+def test_the_file_alone_does_not_hand_in(tmp_path: Path) -> None:
+    assert not {"gpt/submission.py", "gpt/folder.py", "gpt/review.py"} & set(
+        bundle.source_files(script(tmp_path).read_bytes()) or ()
+    )
