@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
@@ -365,3 +366,12 @@ def test_the_file_alone_does_not_hand_in(tmp_path: Path) -> None:
     assert not {"gpt/submission.py", "gpt/folder.py", "gpt/review.py"} & set(
         bundle.source_files(script(tmp_path).read_bytes()) or ()
     )
+
+
+def test_the_main_readme_s_commands_are_understood() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Handing in")[2].partition("\n## ")[0]
+    commands = re.findall(r"^    python quantize.py ((?:[^\\\n]|\\\n)*)", section, re.M)
+    parsed = [quantize.parse(shlex.split(command.replace("\\\n", ""))) for command in commands]
+    assert [one.run for one in parsed] == [quantize.write_submission, quantize.check_submission]
+    assert parsed[0].out == parsed[1].folder
+    assert all(kind in section for kind in submission.DECLARATIONS)
