@@ -262,7 +262,7 @@ def parse(arguments: list[str]) -> Namespace:
         action="append",
         default=[],
         metavar="WHAT",
-        help="hand in, stamped, what is refused for: few-seeds, leaking, non-canonical or other-code",
+        help="hand in, stamped, what is refused for: few-seeds, leaking, non-canonical, other-code or over-time",
     )
 
     command = commands.add_parser("check", help="a submission's folder from its files alone; exit code 1 if it fails")

@@ -111,8 +111,8 @@ def seed_log(facts: Facts, seed: Seed, run: SeedRun) -> str:
         *(f"  {package}: {version}" for package, version in environment["packages"].items()),
         f"  git_commit: {environment.get('git_commit')}",
         f"  code_sha256: {environment.get('code_sha256')}",
-        f"started {environment['started']}: {environment['command']}",
-        *(f"resumed {entry['started']}: {entry['command']}" for entry in run.resumed),
+        f"started {environment['started']}",
+        *(f"resumed {entry['started']}" for entry in run.resumed),
     ]
     for entry in run.metrics:
         step = f"step:{entry['step']}/{config.iterations}"

@@ -18,7 +18,16 @@ from typing import Any, Literal
 
 from gpt import bundle
 from gpt.config import ARTIFACT_LIMIT
-from gpt.submission import FEWEST_SEEDS, SECONDS_LIMIT, VAL_BYTES, VAL_TOKENS, canonical, leaking
+from gpt.submission import (
+    COMPLIANCE,
+    DECLARATIONS,
+    FEWEST_SEEDS,
+    SECONDS_LIMIT,
+    VAL_BYTES,
+    VAL_TOKENS,
+    canonical,
+    leaking,
+)
 
 Verdict = Literal["ok", "FAIL", "declared", "unknown"]
 FIELDS = ("author", "github_id", "name", "date", "val_bpb")
@@ -158,37 +167,44 @@ def agree(one: str | float, other: str | float) -> bool:
     return abs(float(one) - float(other)) <= 0.5001 * 10.0**-places + 0.5 * 10.0 ** -max(map(decimals, texts))
 
 
-def review(folder: Path) -> Review:
-    """Every check of one folder. Raises OSError where it cannot be read."""
-    found = Review()
-    names = {path.name for path in folder.iterdir()}
-    needed = ("README.md", "submission.json", "train_gpt.py")
-    missing = [name for name in needed if name not in names]
-    found.row("files", not missing, ", ".join(n for n in needed if n in names) or "none", ", ".join(needed))
-    code = (folder / "train_gpt.py").read_bytes() if "train_gpt.py" in names else None
-    about: dict[str, Any] = {}
-    if "submission.json" in names:
-        try:
-            about = json.loads((folder / "submission.json").read_bytes())
-            right = isinstance(about, dict)
-            about = about if right else {}
-        except (ValueError, RecursionError) as error:
-            right = False
-            found.row("submission.json", False, error, "JSON")
-        else:
-            found.row("submission.json", right, "an object" if right else "no object", "an object")
-    readme = (folder / "README.md").read_text(errors="replace") if "README.md" in names else ""
-    results = seed_results(about)
-    logs = find_logs(folder, results)
+@dataclass(frozen=True)
+class Folder:
+    """A submission's files, as far as they can be read."""
 
-    absent = [name for name in FIELDS if about.get(name) in (None, "")]
-    found.row("fields", not absent, f"no {', '.join(absent)}" if absent else "all", ", ".join(FIELDS))
-    _program(found, code, about, logs)
-    _seeds(found, about, results, logs)
-    _sizes(found, folder, code, about, results, logs)
-    _figures(found, about, results, logs, readme)
-    _legal(found, about, results, logs, readme)
-    return found
+    path: Path
+    code: bytes | None  # train_gpt.py
+    about: dict[str, Any]  # submission.json
+    results: dict[str, dict[str, Any]]  # in it, of each seed
+    declared: list[str]  # in it
+    logs: dict[str, Log]  # of each seed
+    readme: str
+
+    @classmethod
+    def read(cls, path: Path, found: Review) -> Folder:
+        """Raises OSError where there is no such folder."""
+        names = {file.name for file in path.iterdir() if file.is_file()}
+        needed = ("README.md", "submission.json", "train_gpt.py")
+        there = [name for name in needed if name in names]
+        found.row("files", len(there) == len(needed), ", ".join(there) or "none", ", ".join(needed))
+        about: Any = {}
+        if "submission.json" in names:
+            try:
+                about = json.loads((path / "submission.json").read_bytes())
+                found.row("submission.json", isinstance(about, dict), type(about).__name__, "an object")
+            except (ValueError, RecursionError) as error:
+                found.row("submission.json", False, error, "JSON")
+        about = about if isinstance(about, dict) else {}
+        results = seed_results(about)
+        declared = about.get("declared", [])
+        return cls(
+            path=path,
+            code=(path / "train_gpt.py").read_bytes() if "train_gpt.py" in names else None,
+            about=about,
+            results=results,
+            declared=[str(kind) for kind in declared] if isinstance(declared, list) else [],
+            logs=find_logs(path, results),
+            readme=(path / "README.md").read_text(errors="replace") if "README.md" in names else "",
+        )
 
 
 def seed_results(about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -217,8 +233,20 @@ def find_logs(folder: Path, results: Iterable[str]) -> dict[str, Log]:
     return chosen
 
 
-def _program(found: Review, code: bytes | None, about: Mapping[str, Any], logs: Mapping[str, Log]) -> None:
+def review(path: Path) -> Review:
+    """Every check of one folder. Raises OSError where it cannot be read."""
+    found = Review()
+    folder = Folder.read(path, found)
+    absent = [name for name in FIELDS if folder.about.get(name) in (None, "")]
+    found.row("fields", not absent, f"no {', '.join(absent)}" if absent else "all", ", ".join(FIELDS))
+    for check in (_program, _seeds, _sizes, _artifacts, _figures, _settings, _validation, _times, _leaks, _declared):
+        check(found, folder)
+    return found
+
+
+def _program(found: Review, folder: Folder) -> None:
     """train_gpt.py: that it is Python, its size, and what it carries."""
+    code, about, logs = folder.code, folder.about, folder.logs
     if code is None:
         return
     files = bundle.source_files(code)
@@ -229,11 +257,12 @@ def _program(found: Review, code: bytes | None, about: Mapping[str, Any], logs: 
         found.row("program compiles", True, f"{len(files)} files in one" if files else "one file", "Python")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         found.row("program compiles", False, error, "Python of this version")
+    wanted = f"{len(code)}, of train_gpt.py"
     size = about.get("bytes_code")
-    found.row("code bytes, JSON", None if size is None else size == len(code), size, f"{len(code)}, of train_gpt.py")
-    logged = {seed: log.code_bytes for seed, log in logs.items() if log.code_bytes}
-    right = all(len(code) in sizes for sizes in logged.values()) if logged else None
-    found.row("code bytes, logs", right, sorted(set().union(*logged.values())), f"{len(code)}, of train_gpt.py")
+    found.row("code bytes, JSON", None if size is None else size == len(code), size, wanted)
+    logged = [log.code_bytes for log in logs.values() if log.code_bytes]
+    right = all(len(code) in sizes for sizes in logged) if logged else None
+    found.row("code bytes, logs", right, ", ".join(map(str, sorted(set().union(*logged)))) or "none", wanted)
     for name, digest in (
         ("train_gpt_sha256", hashlib.sha256(code).hexdigest()),
         ("code_sha256", hashlib.sha256(bundle.unwrapped(code) or b"").hexdigest()),
@@ -241,71 +270,44 @@ def _program(found: Review, code: bytes | None, about: Mapping[str, Any], logs: 
         if name in about:
             found.row(name, about[name] == digest, about[name], digest)
     if files and "code_sha256" in about:
-        ran = {log.last(r"^  code_sha256: (\S+)$") for log in logs.values()}
-        right = ran == {about["code_sha256"]}
-        found.row(
-            "code of the runs",
-            right,
-            ", ".join(sorted(map(str, ran))),
-            about["code_sha256"],
-            "other-code" in declared(about),
-        )
+        ran = sorted({str(log.last(r"^  code_sha256: (\S+)$")) for log in logs.values()})
+        same = ran == [about["code_sha256"]]
+        found.row("code of the runs", same, ", ".join(ran), about["code_sha256"], "other-code" in folder.declared)
 
 
-def declared(about: Mapping[str, Any]) -> list[str]:
-    value = about.get("declared", [])
-    return [str(item) for item in value] if isinstance(value, list) else []
-
-
-def _seeds(
-    found: Review, about: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]], logs: Mapping[str, Log]
-) -> None:
-    listed = about.get("seeds", list(results))
+def _seeds(found: Review, folder: Folder) -> None:
+    """Distinct, enough, each with results and a log, and of one configuration."""
+    results, logs = folder.results, folder.logs
+    listed = folder.about.get("seeds", list(results))
     seeds = [str(seed) for seed in listed] if isinstance(listed, list | dict) else []
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    found.row("seeds distinct", not twice if seeds else None, ", ".join(seeds) or "none named", "each once")
-    enough = len(set(seeds)) >= FEWEST_SEEDS if seeds else None
-    found.row("number of seeds", enough, len(set(seeds)), f"at least {FEWEST_SEEDS}", "few-seeds" in declared(about))
-    found.row(
-        "results of each seed",
-        set(results) == set(seeds) if results else None,
-        ", ".join(results) or "none",
-        ", ".join(seeds),
-    )
-    without = sorted(set(seeds) - set(logs))
-    found.row("log of each seed", not without, ", ".join(log.name for log in logs.values()) or "none", ", ".join(seeds))
+    named, different = ", ".join(seeds) or "none named", len(set(seeds))
+    found.row("seeds distinct", different == len(seeds) if seeds else None, named, "each once")
+    enough = different >= FEWEST_SEEDS if seeds else None
+    found.row("number of seeds", enough, different, f"at least {FEWEST_SEEDS}", "few-seeds" in folder.declared)
+    right = set(results) == set(seeds) if results else None
+    found.row("results of each seed", right, ", ".join(results) or "none", named)
+    files = ", ".join(log.name for log in logs.values())
+    found.row("log of each seed", set(seeds) <= set(logs) and bool(logs), files or "none", named)
     if len(logs) > 1:
         settings = [log.settings for log in logs.values()]
         common = set.intersection(*(set(one) for one in settings))
         differing = sorted(name for name in common if len({one[name] for one in settings}) > 1)
-        known = bool(common)
-        shown = ", ".join(f"{n} {' / '.join(one[n] for one in settings)}" for n in differing)
-        same = f"{len(common)} settings alike" if known else "none found"
-        found.row("one configuration, logs", not differing if known else None, shown or same, "alike but for the seed")
+        said = ", ".join(f"{name} {' / '.join(one[name] for one in settings)}" for name in differing)
+        said = said or f"{len(common)} settings alike"
+        found.row("one configuration, logs", not differing if common else None, said, "alike but for the seed")
 
 
-def _sizes(
-    found: Review,
-    folder: Path,
-    code: bytes | None,
-    about: Mapping[str, Any],
-    results: Mapping[str, Mapping[str, Any]],
-    logs: Mapping[str, Log],
-) -> None:
-    """Bytes of model and program, and that every seed has an artifact of its own."""
-    code_bytes = len(code) if code is not None else 0
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in MODELS and path.is_file()}
-    digests = {}
-    for name, path in files.items():
-        with path.open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+def _sizes(found: Review, folder: Folder) -> None:
+    """Bytes of model and program against the limit, and of each place that names them."""
+    code_bytes = len(folder.code or b"")
     totals: dict[str, float] = {}
-    for seed, result in results.items():
-        logged = logs[seed].model_bytes if seed in logs else None
-        own = [name for name, digest in digests.items() if digest == result.get("artifact_sha256")]
-        said = number(result, "model_bytes")
-        model = float(files[own[0]].stat().st_size) if own else logged if logged is not None else said
-        claimed = number(result, "artifact_bytes", "bytes_total")
+    for seed, result in folder.results.items():
+        logged = folder.logs[seed].model_bytes if seed in folder.logs else None
+        said, claimed = number(result, "model_bytes"), number(result, "artifact_bytes", "bytes_total")
+        model = logged if logged is not None else said
+        for path in models(folder.path):
+            if digest(path) == result.get("artifact_sha256"):
+                model = path.stat().st_size
         if model is None:
             totals |= {seed: claimed} if claimed is not None else {}
             continue
@@ -317,37 +319,47 @@ def _sizes(
             found.row(f"total bytes of {seed}, JSON", claimed == totals[seed], shown(claimed), shown(totals[seed]))
     largest = max(totals.values(), default=0)
     fits = largest <= ARTIFACT_LIMIT if totals else None
-    size_text = f"{largest:,.0f} bytes"
-    if fits is False and code is not None:
-        size_text += f"; {largest - code_bytes + len(bundle.packed(code)):,.0f} if train_gpt.py were compressed"
-    found.row("model + code", fits, size_text, f"at most {ARTIFACT_LIMIT:,} with train_gpt.py as it is")
-    claimed = number(about, "bytes_total")
+    said_size = f"{shown(largest)} bytes"
+    if fits is False and folder.code is not None:
+        compressed = largest - code_bytes + len(bundle.packed(folder.code))
+        said_size += f"; {shown(compressed)} if train_gpt.py were compressed"
+    found.row("model + code", fits, said_size, f"at most {ARTIFACT_LIMIT:,} with train_gpt.py as it is")
+    claimed = number(folder.about, "bytes_total")
     if totals and claimed is not None:
         mean = round(statistics.fmean(totals.values()))
         right = claimed in (largest, mean, *totals.values())
-        found.row("bytes_total", right, shown(claimed), f"{largest:,.0f}, the largest, or {mean:,}, the mean")
+        found.row("bytes_total", right, shown(claimed), f"{shown(largest)}, the largest, or {mean:,}, the mean")
 
+
+def models(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in MODELS and path.is_file())
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _artifacts(found: Review, folder: Folder) -> None:
+    """Every seed has one of its own."""
+    results, logs = folder.results, folder.logs
     named = [str(result["artifact_sha256"]) for result in results.values() if "artifact_sha256" in result]
-    logged_digests = [digest for log in logs.values() if (digest := log.last(r"^Artifact sha256: (\S+)$"))]
-    for what, values in (("JSON", named), ("logs", logged_digests), ("files", list(digests.values()))):
+    logged = [sha256 for log in logs.values() if (sha256 := log.last(r"^Artifact sha256: (\S+)$"))]
+    files = {path.name: digest(path) for path in models(folder.path)}
+    for what, values in (("JSON", named), ("logs", logged), ("files", list(files.values()))):
         if values:
             right = len(set(values)) == len(values)
             found.row(f"artifacts distinct, {what}", right, f"{len(set(values))} of {len(values)}", "one a seed")
-    if digests and named:
-        found.row(
-            "artifacts in the folder", set(digests.values()) == set(named), ", ".join(digests), "those of the JSON"
-        )
-    if named and logged_digests:
-        found.row("sha256, logs and JSON", set(named) == set(logged_digests), len(set(logged_digests)), "the same")
+    if files and named:
+        right = set(files.values()) == set(named)
+        found.row("artifacts in the folder", right, ", ".join(files), "those of the JSON")
+    if named and logged:
+        found.row("sha256, logs and JSON", set(named) == set(logged), len(set(logged)), "the same")
     pairs = list(itertools.combinations(logs, 2))
     alike = [f"{a} and {b}" for a, b in pairs if _same_model(logs[a].scores, logs[b].scores)]
     known = any(log.scores for log in logs.values()) and bool(pairs)
-    found.row(
-        "scores of seeds differ",
-        not alike if known else None,
-        f"{', '.join(alike)}: the same model" if alike else "each its own" if known else "not found",
-        f"artifacts of their own: scores more than {SAME_BPB} apart",
-    )
+    said = f"{', '.join(alike)}: the same model" if alike else "each its own" if known else "not found"
+    found.row("scores of seeds differ", not alike if known else None, said, f"more than {SAME_BPB} apart")
 
 
 def _same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -360,136 +372,128 @@ def _same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return bool(after) and max(after) < SAME_BPB
 
 
-def _figures(
-    found: Review,
-    about: Mapping[str, Any],
-    results: Mapping[str, Mapping[str, Any]],
-    logs: Mapping[str, Log],
-    readme: str,
-) -> None:
-    """Scores of JSON, logs and README."""
+def _figures(found: Review, folder: Folder) -> None:
+    """Scores and sizes of JSON, logs and README against each other."""
     rows: dict[str, str] = {}  # of README's tables, by their first cell
-    for line in readme.splitlines():
+    for line in folder.readme.splitlines():
         cells = [cell.strip(" *") for cell in line.split("|")[1:]]
-        if cells and cells[0] in results:
+        if cells and cells[0] in folder.results:
             rows.setdefault(cells[0], " ".join(cells[1:]))
     values = []
-    right: bool | None
-    for seed, result in results.items():
+    for seed, result in folder.results.items():
         bpb = number(result, "val_bpb")
         if bpb is None:
             found.row(f"val_bpb of {seed}, JSON", False, result.get("val_bpb"), "a number")
             continue
         values.append(bpb)
-        if seed in logs:
-            bpbs = logs[seed].bpbs
-            right = any(agree(bpb, figure) for figure in bpbs)
-            found.row(f"val_bpb of {seed}, JSON", right, bpb, f"one in {logs[seed].name}, which ends with {bpbs[-1]}")
+        if seed in folder.logs:
+            log = folder.logs[seed]
+            right = any(agree(bpb, figure) for figure in log.bpbs)
+            found.row(f"val_bpb of {seed}, JSON", right, bpb, f"one in {log.name}, which ends with {log.bpbs[-1]}")
         if seed in rows:
             figures = re.findall(r"(?<![\d.])\d\.\d{4,}", rows[seed])
-            right = any(agree(bpb, figure) for figure in figures) if figures else None
-            found.row(f"val_bpb of {seed}, README", right, ", ".join(figures), bpb)
-            sizes = [
-                int(size.replace(",", "")) for size in re.findall(r"\d{1,3}(?:,\d{3}){2,}|\d{3},\d{3}", rows[seed])
-            ]
+            same = any(agree(bpb, figure) for figure in figures) if figures else None
+            found.row(f"val_bpb of {seed}, README", same, ", ".join(figures), bpb)
+            large = re.findall(r"\d{1,3}(?:,\d{3}){2,}|\d{3},\d{3}", rows[seed])
             known = {number(result, name) for name in ("artifact_bytes", "bytes_total", "model_bytes")} - {None}
-            if sizes and known:
-                right = all(size in known for size in sizes)
-                found.row(f"bytes of {seed}, README", right, ", ".join(map(shown, sizes)), ", ".join(map(shown, known)))
-    bpb = number(about, "val_bpb")
-    if bpb is not None:
-        _statistics(found, about, bpb, values, readme)
-    blocks = re.findall(r"^```.*?^```|(?:^ {4}.*\n)+", readme, re.S | re.M)
-    commands = "\n".join(block for block in blocks if "train_gpt" in block)
-    tokens = re.findall(r"\b([A-Z][A-Z0-9_]{2,})=(\"[^\"]*\"|\S+)", commands)
-    chosen = {name.lower(): value for name, value in tokens}
-    logged = {name: value for log in logs.values() for name, value in log.settings.items()}
-    listed = about.get("settings")
-    in_json = {name.lower(): str(value) for name, value in listed.items()} if isinstance(listed, dict) else {}
-    for what, given in (("README", chosen), *([("JSON", in_json)] if in_json else [])):
-        shared = sorted((given.keys() & logged.keys()) - {"seed"})
-        wrong = [name for name in shared if plain(given[name]) != plain(logged[name])]
-        found.row(
-            f"settings in {what}",
-            not wrong if shared else None,
-            ", ".join(f"{name} {given[name]}" for name in wrong) or f"{len(shared)} compared",
-            ", ".join(f"{name} {logged[name]}" for name in wrong) or "those of the logs",
-        )
-
-
-def _statistics(found: Review, about: Mapping[str, Any], bpb: float, values: list[float], readme: str) -> None:
+            if large and known:
+                right = all(int(size.replace(",", "")) in known for size in large)
+                found.row(f"bytes of {seed}, README", right, ", ".join(large), ", ".join(map(shown, known)))
+    bpb = number(folder.about, "val_bpb")
+    if bpb is None:
+        return
     if values:
         mean = statistics.fmean(values)
         found.row("val_bpb is the mean", agree(bpb, round(mean, 8)), bpb, f"{mean:.8f}")
-    claimed = number(about, "val_bpb_std")
-    if claimed is not None and len(values) > 1:
+    std = number(folder.about, "val_bpb_std")
+    if std is not None and len(values) > 1:
         stds = (statistics.stdev(values), statistics.pstdev(values))
-        right = any(agree(claimed, round(std, 8)) for std in stds)
-        found.row("val_bpb_std", right, claimed, f"{stds[0]:.8f} of the sample or {stds[1]:.8f}")
+        right = any(agree(std, round(one, 8)) for one in stds)
+        found.row("val_bpb_std", right, std, f"{stds[0]:.8f} of the sample or {stds[1]:.8f}")
+    lines = folder.readme.splitlines()
     for what, pattern, text in (
-        ("title", r"(?<![\d.])\d\.\d{3,}", readme.split("\n", 1)[0]),
-        ("head", r"val[_ ]?bpb\W{0,5}(\d\.\d{3,})", "\n".join(readme.splitlines()[1:12])),
+        ("title", r"(?<![\d.])\d\.\d{3,}", "".join(lines[:1])),
+        ("head", r"val[_ ]?bpb\W{0,5}(\d\.\d{3,})", "\n".join(lines[1:12])),
     ):
-        figures = re.findall(pattern, text, re.I)
-        figures = [figure for figure in figures if 0.3 < float(figure) < 10]
+        figures = [figure for figure in re.findall(pattern, text, re.I) if 0.3 < float(figure) < 10]
         same = all(agree(bpb, figure) for figure in figures) if figures else None
         found.row(f"val_bpb in README's {what}", same, ", ".join(figures) or "none", bpb)
 
 
-def _legal(
-    found: Review,
-    about: Mapping[str, Any],
-    results: Mapping[str, Mapping[str, Any]],
-    logs: Mapping[str, Log],
-    readme: str,
-) -> None:
-    """Validation, time, leaks, and what the folder declares."""
-    owned = declared(about)
-    tokens, size = number(about, "val_tokens"), number(about, "val_bytes")
-    counts = {int(n) for log in logs.values() for n in log.figures(r"(?:val_loader:.* tokens:|val_tokens: ?)(\d+)")}
+def _settings(found: Review, folder: Folder) -> None:
+    """What README's commands and the JSON set, against what the logs print."""
+    blocks = re.findall(r"^```.*?^```|(?:^ {4}.*\n)+", folder.readme, re.S | re.M)
+    commands = "\n".join(block for block in blocks if "train_gpt" in block)
+    pairs = re.findall(r"\b([A-Z][A-Z0-9_]{2,})=(\"[^\"]*\"|\S+)", commands)
+    listed = folder.about.get("settings")
+    given = {"README": dict(pairs), **({"JSON": listed} if isinstance(listed, dict) else {})}
+    logged = {name: value for log in folder.logs.values() for name, value in log.settings.items()}
+    for what, settings in given.items():
+        chosen = {name.lower(): str(value) for name, value in settings.items()}
+        both = sorted((chosen.keys() & logged.keys()) - {"seed"})
+        wrong = [name for name in both if plain(chosen[name]) != plain(logged[name])]
+        said = ", ".join(f"{name} {chosen[name]}" for name in wrong) or f"{len(both)} compared"
+        wanted = ", ".join(f"{name} {logged[name]}" for name in wrong) or "those of the logs"
+        found.row(f"settings in {what}", not wrong if both else None, said, wanted)
+
+
+def _validation(found: Review, folder: Folder) -> None:
+    """Tokens and bytes scored: FineWeb's."""
+    tokens, size = number(folder.about, "val_tokens"), number(folder.about, "val_bytes")
+    pattern = r"(?:val_loader:.* tokens:|val_tokens: ?)(\d+)"
+    counts = {int(count) for log in folder.logs.values() for count in log.figures(pattern)}
     counts |= {int(tokens)} if tokens is not None else set()
     right = all(canonical(count, None if size is None else int(size)) for count in counts) if counts else None
     said = ", ".join(f"{count:,} tokens" for count in sorted(counts)) + (f", {size:,} bytes" if size else "")
     wanted = f"{VAL_TOKENS['sp8192']:,} at sp8192 or the field's count for another tokenizer; {VAL_BYTES:,} bytes"
-    found.row("validation", right, said or "not said", wanted, "non-canonical" in owned)
-    scored = {text for log in logs.values() for text in log.figures(r"val_bpb:\S+ (tokens:\d+ bytes:\d+)")}
+    found.row("validation", right, said or "not said", wanted, "non-canonical" in folder.declared)
+    scored = {text for log in folder.logs.values() for text in log.figures(r"val_bpb:\S+ (tokens:\d+ bytes:\d+)")}
     if scored and tokens is not None:
         said = f"tokens:{tokens} bytes:{size}"
         found.row("validation, logs", scored == {said}, "; ".join(sorted(scored)), said)
 
-    seconds = [log.train_ms / 1e3 for log in logs.values() if log.train_ms is not None]
-    for result in results.values():
-        if (trained_s := number(result, "train_time_s")) is not None:
-            seconds.append(trained_s + (number(result, "calibration_time_s") or 0.0))
-    scoring = [t for result in results.values() if (t := number(result, "eval_time_s")) is not None]
-    for what, times in (("training, s", seconds), ("scoring, s", scoring)):
-        longest = max(times, default=0.0)
-        right = longest <= SECONDS_LIMIT + LAST_STEP if times else None
-        found.row(what, right, f"{longest:.1f}" if times else "not said", f"at most {SECONDS_LIMIT} and the last step")
 
-    stamped = [
-        name
-        for name, part in (("submission.json", about), *((log.name, log.text) for log in logs.values()))
-        if leaking(part)
+def _times(found: Review, folder: Folder) -> None:
+    training = [log.train_ms / 1e3 for log in folder.logs.values() if log.train_ms is not None]
+    for result in folder.results.values():
+        if (seconds := number(result, "train_time_s")) is not None:
+            training.append(seconds + (number(result, "calibration_time_s") or 0.0))
+    scoring = [time for result in folder.results.values() if (time := number(result, "eval_time_s")) is not None]
+    wanted = f"at most {SECONDS_LIMIT} and the last step"
+    for what, times in (("training, s", training), ("scoring, s", scoring)):
+        right = max(times) <= SECONDS_LIMIT + LAST_STEP if times else None
+        found.row(what, right, f"{max(times):.1f}" if times else "not said", wanted, "over-time" in folder.declared)
+
+
+def _leaks(found: Review, folder: Folder) -> None:
+    """Stamps, and signs in the logs that the model was trained on validation before it was scored."""
+    owned = "leaking" in folder.declared
+    parts = {"submission.json": folder.about, "README.md": folder.readme}
+    stamped = [name for name, part in parts.items() if leaking(part)]
+    stamped += [log.name for log in folder.logs.values() if leaking(log.text)]
+    found.row("leak stamps", not stamped, ", ".join(stamped) or "none", "none", owned)
+    trained = [
+        f"{log.name}: {match[0].strip()[:60]}"
+        for log in folder.logs.values()
+        if (match := PRE_QUANT_TTT.search(log.text))
     ]
-    stamped += ["README.md"] * leaking(readme)
-    found.row("leak stamps", not stamped, ", ".join(stamped) or "none", "none", "leaking" in owned)
-    trained = {log.name: match[0] for log in logs.values() if (match := PRE_QUANT_TTT.search(log.text))}
-    found.row(
-        "training before scoring",
-        not trained,
-        "; ".join(f"{name}: {line.strip()[:60]}" for name, line in trained.items()) or "none seen in the logs",
-        "no test-time training before quantisation",
-        "leaking" in owned,
-    )
-    kept = about.get("compliance")
-    broken = sorted(name for name, value in kept.items() if value is False) if isinstance(kept, dict) else []
+    said = "; ".join(trained) or "none seen in the logs"
+    found.row("training before scoring", not trained, said, "no test-time training before quantisation", owned)
+
+
+def _declared(found: Review, folder: Folder) -> None:
+    """That what is declared stands where the score does, and is all that the JSON admits to."""
+    owned = folder.declared
+    kept = folder.about.get("compliance")
     if isinstance(kept, dict):
-        found.row("compliance", not broken, ", ".join(broken) or "all kept", "all kept", bool(owned))
+        broken = sorted(name for name, value in kept.items() if value is False)
+        admitted = {name for kind in owned for name in COMPLIANCE.get(kind, ())}
+        said = ", ".join(broken) or "all kept"
+        found.row("compliance", not broken, said, "all kept", set(broken) <= admitted)
     if owned:
-        stamps = [str(stamp) for stamp in about.get("stamps", [])]
-        places = {"README.md": readme, **{log.name: log.text for log in logs.values()}}
-        bare = [name for name, part in places.items() if not stamps or any(stamp not in part for stamp in stamps)]
-        found.row("declared", not bare and len(stamps) == len(owned), ", ".join(owned), "stamped in README and logs")
-        track = about.get("track")
+        parts = {"README.md": folder.readme, **{log.name: log.text for log in folder.logs.values()}}
+        bare = [name for name, part in parts.items() if any(DECLARATIONS.get(kind, "") not in part for kind in owned)]
+        right = not bare and set(owned) <= DECLARATIONS.keys()
+        found.row("declared", right, ", ".join(owned), "stamped in README and logs")
+        track = folder.about.get("track")
         found.row("track", "non" in str(track), track, "a non-record one, with what is declared")

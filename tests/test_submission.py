@@ -197,6 +197,8 @@ def same_scores(folder: Path) -> None:
             {"training before scoring"},
         ),
         (edited("train_seed7.log", "code_sha256: .", "code_sha256: x"), {"code of the runs"}),
+        (edited("submission.json", '"no_slot": true', '"no_slot": false'), {"compliance"}),
+        (edited("submission.json", r'\[\s+"non-canonical"\s+\]', '["non-canonical", "leaking"]'), {"declared"}),
         (edited("submission.json", r'"train_time_s": ', '"train_time_s": 900'), {"training, s"}),
     ],
 )
@@ -302,6 +304,8 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path, monkeypatch: pytest.M
     assert "stamped as leaking" in refusal(first, leak, third)
     rebuilt = changed(second, "environment.json", lambda r: r.update(code_sha256="0" * 64))
     assert "ran with other code than stands here" in refusal(first, rebuilt, third)
+    slow = changed(second, "summary.json", lambda r: r.update(calibration_seconds=600.0))
+    assert "--declare over-time" in refusal(first, slow, third)
     assert "--declare leaking: the records say nothing of the kind" in refusal(
         *runs, declared=("non-canonical", "leaking")
     )
