@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from gpt.config import Config
 from gpt.distributed import Ranks
@@ -38,7 +37,10 @@ class _Bank:
     """One bank of matrices (N, rows, columns) and this rank's share of it."""
 
     parameter: Tensor
+    ema: Tensor
     momentum: Tensor  # (share, rows, columns) float32
+    shard: Tensor  # this rank's share of the mean gradient, in the model's dtype
+    whole: Tensor  # (share * ranks, rows, columns) in the model's dtype: gradients that leave, updates that arrive
     update_scale: float
 
     @property
@@ -54,35 +56,47 @@ class Optimizer:
     """Optimizer of a GPT over all ranks; every rank ends each step with the same weights.
 
     A step: reduce-scatter (mean) of each bank's gradient along its first axis, largest first, and one all-reduce of
-    all other gradients in a flat bucket; clip by the norm of the averaged gradient; AdamW; momentum, Nesterov and
-    Newton-Schulz of each bank's share, and the all-gather of its update while the next is computed; EMA. Nothing in a
-    step waits for the GPU. Banks are communicated in the model's dtype, everything else in float32.
+    all other gradients in a flat bucket; clip by the norm of the averaged gradient; momentum, Nesterov and
+    Newton-Schulz of this rank's share of all banks together; the all-gather of each bank's update, during which AdamW
+    runs and the banks gathered before are updated. Every update takes the EMA along. Nothing in a step waits for the
+    GPU, and all that changes from step to step beside the gradients are arguments of the ops' launches. Banks are
+    communicated in the model's dtype, everything else in float32.
     """
 
     def __init__(self, model: GPT, config: Config, ranks: Ranks) -> None:
         self.model, self.config, self.ranks = model, config, ranks
         self.coefficients = coefficients(config.newton_schulz, config.muon_backend_steps)
-        parameters = dict(model.named_parameters())
-        banks = []
-        for name in BANKS:
-            bank = parameters.pop(name)
-            share = -(-bank.size(0) // ranks.world_size)
-            momentum = torch.zeros(share, *bank.shape[1:], device=bank.device)
-            banks.append(_Bank(bank, momentum, max(1.0, bank.size(1) / bank.size(2)) ** 0.5))
+        self.parameters = list(model.parameters())
+        rest = dict(model.named_parameters())
+        banks = [self._bank(rest.pop(name)) for name in BANKS]
         self.banks = sorted(banks, key=lambda bank: -bank.parameter.numel())
-        self.rest = list(parameters.values())
-        embedding = parameters.pop("tok_emb")
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [embedding], "peak_lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
-                {"params": list(parameters.values()), "peak_lr": config.scalar_lr, "weight_decay": config.adam_wd},
-            ],
-            lr=0.0,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_eps,
-            fused=True,
-        )
-        self.ema = [p.detach().clone() for p in model.parameters()]
+        # The rest, which AdamW trains: the embedding, which comes first, and vectors. What belongs to them is flat.
+        self.rest = list(rest.values())
+        self.rest_ema = torch.cat([p.detach().flatten() for p in self.rest])
+        self.bucket, self.average, self.square = (torch.zeros_like(self.rest_ema) for _ in range(3))
+        self.bucket_views = self._views(self.bucket)
+        self.peak_lrs = [config.tied_embed_lr if name == "tok_emb" else config.scalar_lr for name in rest]
+        self.weight_decays = [config.embed_wd if name == "tok_emb" else config.adam_wd for name in rest]
+        self.steps = 0
+        emas = {id(bank.parameter): bank.ema for bank in self.banks}
+        emas |= dict(zip(map(id, self.rest), self._views(self.rest_ema), strict=True))
+        self.ema = [emas[id(p)] for p in self.parameters]
+
+    def _bank(self, parameter: Tensor) -> _Bank:
+        count, rows, columns = parameter.shape
+        share = -(-count // self.ranks.world_size)
+        momentum = torch.zeros(share, rows, columns, device=parameter.device)
+        # A single rank sends nothing and needs no buffers.
+        alone = self.ranks.world_size == 1
+        dtype = self.model.dtype
+        shard = momentum.new_empty(0 if alone else share, rows, columns, dtype=dtype)
+        whole = momentum.new_zeros(0 if alone else share * self.ranks.world_size, rows, columns, dtype=dtype)
+        return _Bank(parameter, parameter.detach().clone(), momentum, shard, whole, max(1.0, rows / columns) ** 0.5)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """Of a flat buffer: what belongs to each parameter of the rest."""
+        parts = flat.split([p.numel() for p in self.rest])
+        return [part.view_as(p) for part, p in zip(parts, self.rest, strict=True)]
 
     def momentum_at(self, step: int) -> float:
         """Muon's momentum: linear from its start to its end over the first muon_momentum_warmup_steps."""
@@ -93,73 +107,79 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int, lr_factor: float) -> Tensor:
         """Update weights and EMA from the gradients, which are freed. Returns the gradient norm before clipping, ()."""
-        config = self.config
-        shards, bucket = self._reduce()
-        squares = torch.stack([g.float().square().sum() for g in shards]).sum()
-        self.ranks.all_reduce(squares)
-        norm = (squares + bucket.square().sum()).sqrt()
+        config, ops = self.config, self.model.ops
+        shards = self._reduce()
+        norm = self._norm(shards)
         clip = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0) if config.grad_clip_norm else norm.new_ones(())
 
-        bucket.mul_(clip)
-        for parameter, gradient in zip(self.rest, _unflatten_dense_tensors(bucket, self.rest), strict=True):
-            parameter.grad = gradient
-        for group in self.adamw.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor
-        self.adamw.step()
+        momenta = [bank.momentum for bank in self.banks]
+        u = ops.muon_momentum(shards, momenta, clip, self.momentum_at(step), config.muon_row_norm, self.model.dtype)
+        gathered = self._gather(ops.newton_schulz(u, self.coefficients))
 
-        momentum = self.momentum_at(step)
-        gathered: list[tuple[_Bank, Tensor, Any]] = []
-        for bank, gradient in zip(self.banks, shards, strict=True):
-            u = self._direction(bank, gradient.float() * clip, momentum)
-            gathered.append((bank, *self._gather(bank, u)))
-            if len(gathered) > 1:
-                self._apply(*gathered.pop(0), lr_factor)
-        for item in gathered:
-            self._apply(*item, lr_factor)
-        torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1.0 - config.ema_decay)
-        for p in self.model.parameters():
+        self.steps += 1
+        ops.adamw_update(
+            self.rest,
+            self.bucket,
+            self.average,
+            self.square,
+            self.rest_ema,
+            clip,
+            [lr * lr_factor for lr in self.peak_lrs],
+            self.weight_decays,
+            (config.beta1, config.beta2),
+            config.adam_eps,
+            self.steps,
+            config.ema_decay,
+        )
+        for banks, updates, work in gathered:
+            if work is not None:
+                work.wait()
+            ops.muon_update(
+                [bank.parameter for bank in banks],
+                updates,
+                [bank.ema for bank in banks],
+                config.matrix_lr * lr_factor,
+                config.muon_wd,
+                [bank.update_scale for bank in banks],
+                config.ema_decay,
+            )
+        for p in self.parameters:
             p.grad = None
         return norm
 
-    def _reduce(self) -> tuple[list[Tensor], Tensor]:
-        """This rank's share of each bank's mean gradient, and the flat mean gradient of the rest (float32)."""
-        bucket = _flatten_dense_tensors([_gradient(p) for p in self.rest])
+    def _reduce(self) -> list[Tensor]:
+        """This rank's share of each bank's mean gradient; the bucket holds the mean gradient of the rest."""
+        torch._foreach_copy_(self.bucket_views, [_gradient(p) for p in self.rest])
+        gradients = [_gradient(bank.parameter) for bank in self.banks]
         if self.ranks.world_size == 1:
-            return [_gradient(bank.parameter) for bank in self.banks], bucket
-        shards, works = [], []
+            return gradients
+        torch._foreach_copy_([bank.whole[: bank.count] for bank in self.banks], gradients)
+        works = []
         for bank in self.banks:
-            gradient = _gradient(bank.parameter).to(self.model.dtype)
-            padding = bank.share * self.ranks.world_size - bank.count
-            if padding:
-                gradient = torch.cat((gradient, gradient.new_zeros(padding, *gradient.shape[1:])))
-            shard = gradient.new_empty(bank.momentum.shape)
-            works.append(_reduce_scatter(shard, gradient, op=dist.ReduceOp.AVG, async_op=True))
-            shards.append(shard)
-        dist.all_reduce(bucket, op=dist.ReduceOp.AVG)
+            if bank.count < len(bank.whole):
+                bank.whole[bank.count :].zero_()
+            works.append(_reduce_scatter(bank.shard, bank.whole, op=dist.ReduceOp.AVG, async_op=True))
+        dist.all_reduce(self.bucket, op=dist.ReduceOp.AVG)
         for work in works:
             work.wait()
-        return shards, bucket
+        return [bank.shard for bank in self.banks]
 
-    def _direction(self, bank: _Bank, gradient: Tensor, momentum: float) -> Tensor:
-        """Orthogonalised Nesterov momentum of this rank's share, (share, rows, columns) in the model's dtype."""
-        bank.momentum.mul_(momentum).add_(gradient)
-        u = gradient.add(bank.momentum, alpha=momentum)
-        if self.config.muon_row_norm:
-            u = u / (u.norm(dim=-1, keepdim=True) + 1e-7)
-        return self.model.ops.newton_schulz(u.to(self.model.dtype), self.coefficients)
+    def _norm(self, shards: list[Tensor]) -> Tensor:
+        """Norm of the whole mean gradient, () float32, the same on every rank."""
+        of_shards = torch.stack(torch._foreach_norm(shards, dtype=torch.float32))
+        squares = self.ranks.all_reduce(torch.dot(of_shards, of_shards))
+        of_rest = torch.linalg.vector_norm(self.bucket)
+        return torch.addcmul(squares, of_rest, of_rest).sqrt_()
 
-    def _gather(self, bank: _Bank, u: Tensor) -> tuple[Tensor, Any]:
+    def _gather(self, shares: list[Tensor]) -> list[tuple[list[_Bank], list[Tensor], Any]]:
+        """The whole update of every bank from every rank's share: groups of banks, their updates, what to wait for."""
         if self.ranks.world_size == 1:
-            return u, None
-        whole = u.new_empty(bank.share * self.ranks.world_size, *u.shape[1:])
-        return whole, _all_gather(whole, u.contiguous(), async_op=True)
-
-    def _apply(self, bank: _Bank, update: Tensor, work: Any, lr_factor: float) -> None:
-        if work is not None:
-            work.wait()
-        lr = self.config.matrix_lr * lr_factor
-        bank.parameter.mul_(1.0 - lr * self.config.muon_wd)
-        bank.parameter.add_(update[: bank.count].to(bank.parameter.dtype), alpha=-lr * bank.update_scale)
+            return [(self.banks, [share.contiguous() for share in shares], None)]
+        gathered = []
+        for bank, share in zip(self.banks, shares, strict=True):
+            work = _all_gather(bank.whole, share.contiguous(), async_op=True)
+            gathered.append(([bank], [bank.whole[: bank.count]], work))
+        return gathered
 
     def ema_state(self) -> dict[str, Tensor]:
         """The EMA weights by parameter name, float32."""
@@ -174,7 +194,8 @@ class Optimizer:
                 whole = whole.new_empty(bank.share * self.ranks.world_size, *whole.shape[1:])
                 _all_gather(whole, bank.momentum)
             momentum.append(whole[: bank.count])
-        return {"momentum": momentum, "adamw": self.adamw.state_dict(), "ema": self.ema_state()}
+        adamw = {"steps": self.steps, "average": self.average, "square": self.square}
+        return {"momentum": momentum, "adamw": adamw, "ema": self.ema_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,15 +204,17 @@ class Optimizer:
             mine = whole[self.ranks.rank * bank.share : (self.ranks.rank + 1) * bank.share]
             bank.momentum.zero_()
             bank.momentum[: mine.size(0)].copy_(mine)
-        self.adamw.load_state_dict(state["adamw"])
+        self.steps = state["adamw"]["steps"]
+        self.average.copy_(state["adamw"]["average"])
+        self.square.copy_(state["adamw"]["square"])
         for name, ema in self.ema_state().items():
             ema.copy_(state["ema"][name])
 
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the state before the first step, with the EMA at the present weights."""
-        for bank in self.banks:
-            bank.momentum.zero_()
-        self.adamw.state.clear()
-        for ema, parameter in zip(self.ema, self.model.parameters(), strict=True):
+        self.steps = 0
+        for x in (self.average, self.square, *(bank.momentum for bank in self.banks)):
+            x.zero_()
+        for ema, parameter in zip(self.ema, self.parameters, strict=True):
             ema.copy_(parameter)

@@ -46,6 +46,9 @@ class Ops:
     rms_norm: Op
     linear_cross_entropy: Op
     newton_schulz: Op
+    muon_momentum: Op
+    muon_update: Op
+    adamw_update: Op
     int6_linear: Op
     graph: Callable[[Op], Op]
     names: dict[str, str]
@@ -56,7 +59,7 @@ class Ops:
 
 
 # What "auto" is on a GPU.
-AUTO = "triton,newton_schulz=compiled,int6_linear=reference"
+AUTO = "triton,int6_linear=reference"
 
 _OPS = tuple(field.name for field in fields(Ops) if field.name not in ("graph", "names"))
 # An attention implementation and the mask it takes go together.
@@ -78,7 +81,17 @@ def _named(module: ModuleType, op: str) -> Any:
 
 def _triton() -> dict[str, Op]:
     # Here, so that what needs no GPU needs no Triton.
-    from kernels import attention, attention_input, cross_entropy, embedding, matmul, mlp, residual
+    from kernels import (
+        attention,
+        attention_input,
+        cross_entropy,
+        embedding,
+        matmul,
+        mlp,
+        newton_schulz,
+        optimizer,
+        residual,
+    )
 
     return {
         "embed": embedding.embed,
@@ -89,6 +102,10 @@ def _triton() -> dict[str, Op]:
         "mlp": mlp.mlp,
         "rms_norm": residual.rms_norm,
         "linear_cross_entropy": cross_entropy.linear_cross_entropy,
+        "newton_schulz": newton_schulz.newton_schulz,
+        "muon_momentum": optimizer.muon_momentum,
+        "muon_update": optimizer.muon_update,
+        "adamw_update": optimizer.adamw_update,
     }
 
 

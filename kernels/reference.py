@@ -232,20 +232,23 @@ def linear_cross_entropy(
 
 
 def newton_schulz(
-    g: Tensor,  # (N, rows, columns)
+    banks: Sequence[Tensor],  # (N, rows, columns) each
     coefficients: Sequence[tuple[float, float, float]],
-) -> Tensor:  # (N, rows, columns)
+) -> list[Tensor]:  # as banks
     """Nearest semi-orthogonal matrices, roughly: X <- a X + (b A + c A^2) X with A = X X^T, from X = g / |g|_F.
 
     Works on the side with fewer rows. Singular values end near 1, within the band of the coefficients.
     """
-    tall = g.size(-2) > g.size(-1)
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in coefficients:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    found = []
+    for g in banks:
+        tall = g.size(-2) > g.size(-1)
+        x = g.mT if tall else g
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for a, b, c in coefficients:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        found.append(x.mT if tall else x)
+    return found
 
 
 def dequantise(
@@ -264,3 +267,65 @@ def int6_linear(
 ) -> Tensor:  # (..., rows)
     """x times the transposed dequantised matrix."""
     return F.linear(x, dequantise(codes, scales, x.dtype))
+
+
+def muon_momentum(
+    gradients: Sequence[Tensor],  # (N, rows, columns) each
+    momenta: Sequence[Tensor],  # as gradients, float32, changed in place
+    clip: Tensor,  # () float32
+    mu: float,
+    row_norm: bool,
+    dtype: torch.dtype,
+) -> list[Tensor]:  # as gradients, of dtype
+    """m <- mu m + g and Nesterov's u = g + mu m, with g = clip * gradient; row_norm: each row of u over its length."""
+    found = []
+    for gradient, momentum in zip(gradients, momenta, strict=True):
+        g = gradient.float() * clip
+        momentum.mul_(mu).add_(g)
+        u = g.add(momentum, alpha=mu)
+        if row_norm:
+            u = u / (u.norm(dim=-1, keepdim=True) + 1e-7)
+        found.append(u.to(dtype))
+    return found
+
+
+def muon_update(
+    parameters: Sequence[Tensor],  # float32, changed in place
+    updates: Sequence[Tensor],  # as parameters
+    emas: Sequence[Tensor],  # as parameters, changed in place
+    lr: float,
+    weight_decay: float,
+    scales: Sequence[float],  # one a parameter
+    ema_decay: float,
+) -> None:
+    """p <- (1 - lr weight_decay) p - lr scale u; then the EMA, e <- e + (1 - ema_decay) (p - e)."""
+    for parameter, update, ema, scale in zip(parameters, updates, emas, scales, strict=True):
+        parameter.mul_(1.0 - lr * weight_decay)
+        parameter.add_(update.to(parameter.dtype), alpha=-lr * scale)
+        ema.lerp_(parameter, 1.0 - ema_decay)
+
+
+def adamw_update(
+    parameters: Sequence[Tensor],  # float32, changed in place
+    gradient: Tensor,  # flat: of all parameters, one after the other
+    average: Tensor,  # flat, changed in place, as square and ema
+    square: Tensor,
+    ema: Tensor,
+    clip: Tensor,  # () float32
+    lrs: Sequence[float],  # one a parameter
+    weight_decays: Sequence[float],  # one a parameter
+    betas: tuple[float, float],
+    eps: float,
+    step: int,  # 1 for the first
+    ema_decay: float,
+) -> None:
+    """AdamW (arXiv 1711.05101) on clip * gradient, as torch.optim.AdamW; then the EMA."""
+    beta1, beta2 = betas
+    sizes = [p.numel() for p in parameters]
+    g = gradient.float() * clip
+    average.lerp_(g, 1.0 - beta1)
+    square.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+    change = (average / (square.sqrt() / (1.0 - beta2**step) ** 0.5 + eps)).split(sizes)
+    for p, x, e, lr, decay in zip(parameters, change, ema.split(sizes), lrs, weight_decays, strict=True):
+        p.mul_(1.0 - lr * decay).add_(x.view_as(p), alpha=-lr / (1.0 - beta1**step))
+        e.lerp_(p.flatten(), 1.0 - ema_decay)

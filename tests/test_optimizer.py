@@ -1,7 +1,9 @@
-"""Muon against the seed's own numbers, and what a step does to weights, EMA and state."""
+"""Muon against the seed's own numbers, what a step does to weights, EMA and state; the kernels of a step."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,11 +14,15 @@ from torch import Tensor
 from gpt.config import Config, build_config
 from gpt.distributed import Ranks
 from gpt.model import GPT
-from gpt.optimizer import Optimizer, _Bank, coefficients
+from gpt.optimizer import Optimizer, coefficients
 from gpt.trainer import lr_factor
-from kernels import CLASSIC, POLAR_EXPRESS, select
+from kernels import CLASSIC, POLAR_EXPRESS, reference, select
 from tests.golden import GOLDEN, fill
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the interpreter")
+gpu = pytest.mark.gpu
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
 TINY: dict[str, Any] = {
@@ -45,10 +51,6 @@ def backward(model: GPT, seed: int, scale: float = 1.0) -> None:
     (scale * model(tokens[:, :-1], tokens[:, 1:], depth, model.rotary(16))).backward()
 
 
-def golden_bank(shape: tuple[int, int, int], seed: int) -> _Bank:
-    return _Bank(fill(shape, seed, 0.05), torch.zeros(shape), max(1.0, shape[1] / shape[2]) ** 0.5)
-
-
 @pytest.mark.parametrize(
     ("name", "shape", "bank_seed", "gradient_seeds", "weight_decay"),
     [("muon", (3, 256, 512), 501, (600, 601), 0.095), ("muon_tall", (2, 512, 128), 502, (602,), 0.0)],
@@ -58,19 +60,18 @@ def test_muon_makes_the_seeds_updates(
 ) -> None:
     """Newton-Schulz in bf16 as in the seed: norms within 0.2%, single numbers within its own noise."""
     golden = GOLDEN[name]
-    optimizer = cast(Any, Optimizer.__new__(Optimizer))
-    optimizer.config = build_config(matrix_lr=golden["lr"], muon_wd=weight_decay)
-    optimizer.model = SimpleNamespace(dtype=torch.bfloat16, ops=select("reference", CPU))
-    optimizer.ranks, optimizer.coefficients = ALONE, coefficients("classic", 5)
-    bank = golden_bank(shape, bank_seed)
-    before = bank.parameter.clone()
+    parameter, momentum = fill(shape, bank_seed, 0.05), torch.zeros(shape)
+    before, ema = parameter.clone(), parameter.clone()
     for seed in gradient_seeds:
-        update = optimizer._direction(bank, fill(shape, seed, 0.01), golden["momentum"])
-        optimizer._apply(bank, update, None, 1.0)
-    delta = bank.parameter - before
+        gradient, clip = fill(shape, seed, 0.01), torch.ones(())
+        u = reference.muon_momentum([gradient], [momentum], clip, golden["momentum"], False, torch.bfloat16)
+        update = reference.newton_schulz(u, coefficients("classic", 5))
+        scale = max(1.0, shape[1] / shape[2]) ** 0.5
+        reference.muon_update([parameter], update, [ema], golden["lr"], weight_decay, [scale], 0.9)
+    delta = parameter - before
     assert delta.norm().item() == pytest.approx(golden["delta_norm"], rel=2e-3)
     if "param_norm" in golden:
-        assert bank.parameter.norm().item() == pytest.approx(golden["param_norm"], rel=1e-4)
+        assert parameter.norm().item() == pytest.approx(golden["param_norm"], rel=1e-4)
     rms = delta.square().mean().sqrt().item()
     assert delta.flatten()[:6].tolist() == pytest.approx(golden["delta_first"], abs=0.1 * rms)
 
@@ -100,9 +101,9 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_parameters() -> None:
 def test_row_norm_feeds_newton_schulz_rows_of_one_length() -> None:
     seen: list[Tensor] = []
 
-    def spy(g: Tensor, table: Any) -> Tensor:
-        seen.append(g)
-        return g
+    def spy(banks: list[Tensor], table: Any) -> list[Tensor]:
+        seen.extend(banks)
+        return banks
 
     for row_norm in (False, True):
         config = build_config(**TINY, muon_row_norm=row_norm)
@@ -194,3 +195,210 @@ def test_schedules() -> None:
     optimizer = cast(Any, Optimizer.__new__(Optimizer))
     optimizer.config = build_config()
     assert [optimizer.momentum_at(s) for s in (0, 750, 1500, 9999)] == pytest.approx([0.92, 0.955, 0.99, 0.99])
+
+
+def test_adamw_is_torchs() -> None:
+    """Ten steps of two parameters with rates and decays of their own: the weights of torch.optim.AdamW."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(shape, generator=generator) for shape in ((7, 5), (3,))]
+    theirs = [p.clone().requires_grad_() for p in ours]
+    groups = [{"params": [p], "lr": lr, "weight_decay": wd} for p, lr, wd in zip(theirs, (0.1, 0.02), (0.3, 0.0))]  # noqa: B905
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    average, square, ema = torch.zeros(38), torch.zeros(38), torch.zeros(38)
+    for step in range(1, 11):
+        gradient = torch.randn(38, generator=generator)
+        for p, g in zip(theirs, gradient.split([35, 3]), strict=True):
+            p.grad = 0.5 * g.view_as(p)
+        optimizer.step()
+        clip = torch.tensor(0.5)
+        reference.adamw_update(
+            ours, gradient, average, square, ema, clip, (0.1, 0.02), (0.3, 0.0), (0.9, 0.95), 1e-8, step, 0.9
+        )
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted.detach(), rtol=2e-6, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------- the kernels, against float64
+BANK_SHAPES = ((3, 16, 24), (2, 40, 7), (1, 5, 64))
+REST_SHAPES = ((50, 24), (7,), (3, 2, 24), (4, 3))
+
+
+def normal(shapes: Any, device: str, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def close(found: list[Tensor], wanted: list[Tensor], error: float) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.double() - b).norm() <= error * b.norm()
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every torch.empty starts as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_kernels(device: str, shapes: Any, gradient_dtype: torch.dtype, u_dtype: torch.dtype) -> None:
+    """Two steps of each op beside the reference in float64, from the same float32 (or bf16) inputs."""
+    from kernels import optimizer as kernels
+
+    clip = torch.tensor(0.37, device=device)
+    for row_norm in (False, True):
+        momenta = normal(shapes, device, 1)
+        exact = [m.double() for m in momenta]
+        for step in range(2):
+            gradients = [g.to(gradient_dtype) for g in normal(shapes, device, 2 + step)]
+            u = kernels.muon_momentum(gradients, momenta, clip, 0.95, row_norm, u_dtype)
+            wanted = []
+            for g, m in zip(gradients, exact, strict=True):
+                m.mul_(0.95).add_(g.double() * clip.double())
+                v = g.double() * clip.double() + 0.95 * m
+                wanted.append(v / (v.norm(dim=-1, keepdim=True) + 1e-7) if row_norm else v)
+            close(momenta, exact, 3e-7)
+            close(u, wanted, 3e-7 if u_dtype == torch.float32 else 2e-3)
+
+    parameters, emas = normal(shapes, device, 5), normal(shapes, device, 6)
+    updates = [u.to(u_dtype) for u in normal(shapes, device, 7)]
+    exact_p, exact_e = [p.double() for p in parameters], [e.double() for e in emas]
+    scales = [1.0 + i for i in range(len(parameters))]
+    for _ in range(2):
+        kernels.muon_update(parameters, updates, emas, 0.02, 0.1, scales, 0.99)
+        reference.muon_update(exact_p, updates, exact_e, 0.02, 0.1, scales, 0.99)
+    close(parameters, exact_p, 3e-7)
+    close(emas, exact_e, 3e-7)
+
+    parameters = normal(REST_SHAPES, device, 8)
+    size = sum(p.numel() for p in parameters)
+    average, square, ema, gradient = normal([(size,)] * 4, device, 9)
+    square.abs_()
+    gradient = gradient.to(gradient_dtype)
+    exact_p = [p.double() for p in parameters]
+    exact_flat = [x.double() for x in (average, square, ema)]
+    lrs, decays = [0.03, 0.01, 0.02, 0.01], [0.1, 0.0, 0.2, 0.3]
+    for step in (1, 2, 100):
+        settings = (clip, lrs, decays, (0.9, 0.95), 1e-8, step, 0.99)
+        kernels.adamw_update(parameters, gradient, average, square, ema, *settings)
+        # The reference itself takes gradients in float32; here they keep their double.
+        exact_average, exact_square, exact_ema = exact_flat
+        g = gradient.double() * clip.double()
+        exact_average.lerp_(g, 0.1)
+        exact_square.mul_(0.95).addcmul_(g, g, value=0.05)
+        change = exact_average / (exact_square.sqrt() / (1 - 0.95**step) ** 0.5 + 1e-8)
+        sizes = [p.numel() for p in parameters]
+        for p, x, e, lr, wd in zip(exact_p, change.split(sizes), exact_ema.split(sizes), lrs, decays, strict=True):
+            p.mul_(1 - lr * wd).sub_(x.view_as(p), alpha=lr / (1 - 0.9**step))
+            e.lerp_(p.flatten(), 0.01)
+    close([*parameters, average, square, ema], [*exact_p, *exact_flat], 1e-6)
+
+
+@interpreted
+def test_interpreted_kernels(poisoned: None) -> None:
+    check_kernels("cpu", BANK_SHAPES, torch.float32, torch.float32)
+    check_kernels("cpu", BANK_SHAPES[:1], torch.float32, torch.float32)
+
+
+@gpu
+@compiled
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+def test_kernels_on_a_gpu(gradient_dtype: torch.dtype, poisoned: None) -> None:
+    check_kernels("cuda", BANK_SHAPES, gradient_dtype, torch.bfloat16)
+    check_kernels("cuda", ((3, 512, 512), (2, 512, 2048), (2, 2048, 512)), gradient_dtype, torch.bfloat16)
+
+
+@gpu
+@compiled
+def test_a_step_on_a_gpu_is_that_of_the_reference() -> None:
+    """Same gradients, both implementations: the same norm, weights within the noise of Newton-Schulz in bf16."""
+    cuda = torch.device("cuda")
+    config = build_config(**TINY)
+    results = []
+    chosen = ",".join(f"{op}=triton" for op in ("newton_schulz", "muon_momentum", "muon_update", "adamw_update"))
+    for kernels in ("reference", f"reference,{chosen}"):
+        model = GPT(config, select(kernels, cuda), torch.bfloat16).initialise(0).to(cuda)
+        optimizer = Optimizer(model, config, Ranks(0, 1, cuda))
+        before = [p.detach().clone() for p in model.parameters()]
+        for step in range(2):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * i + step)).to(cuda)
+            norm = optimizer.step(step, 1.0)
+        results.append((norm, [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)], optimizer.ema))
+    (norm, changes, emas), (other_norm, other_changes, other_emas) = results
+    torch.testing.assert_close(other_norm, norm, rtol=1e-5, atol=0.0)
+    for a, b in zip((*other_changes, *other_emas), (*changes, *emas), strict=True):
+        assert (a - b).norm() <= 0.04 * b.norm()
+
+
+@interpreted
+def test_registration_of_the_kernels() -> None:
+    import kernels.optimizer  # noqa: F401
+
+    ops, clip = torch.ops.golf, torch.tensor(0.5)
+    x, y, z = normal([(2, 4, 8)] * 3, "cpu", 0)
+    torch.library.opcheck(ops.muon_momentum.default, ([x], [y], clip, 0.9, True, torch.float32))
+    torch.library.opcheck(ops.muon_update.default, ([x], [y], [z], [0.1], 0.9, 0.1))
+    flat = normal([(64,)] * 4, "cpu", 1)
+    torch.library.opcheck(
+        ops.adamw_update.default, ([x], *flat, clip, [0.1], [0.9], 0.9, 0.95, 1.0, 1e-8, 0.1), test_utils="test_schema"
+    )
+
+
+@interpreted
+def test_errors_of_the_kernels_name_what_was_found() -> None:
+    from kernels import optimizer as kernels
+
+    x, clip = torch.zeros(2, 4, 8), torch.ones(())
+    with pytest.raises(ValueError, match="for each of 1, at least one; got 2"):
+        kernels.muon_momentum([x, x], [x], clip, 0.9, False, torch.float32)
+    with pytest.raises(ValueError, match=r"\(2, 4\)"):
+        kernels.muon_momentum([x[..., 0]], [x], clip, 0.9, False, torch.float32)
+    with pytest.raises(ValueError, match="clip as one float32"):
+        kernels.muon_momentum([x], [x], clip.double(), 0.9, False, torch.float32)
+    with pytest.raises(ValueError, match=r"strides \(32, 1, 4\)"):
+        kernels.muon_update([x], [torch.zeros(2, 8, 4).mT], [x], 0.1, 0.0, [1.0], 0.9)
+    with pytest.raises(ValueError, match="scale a parameter"):
+        kernels.muon_update([x], [x], [x], 0.1, 0.0, [], 0.9)
+    flat = torch.zeros(65)
+    with pytest.raises(ValueError, match="each of 64"):
+        kernels.adamw_update([x], flat, flat, flat, flat, clip, [0.1], [0.0], (0.9, 0.95), 1e-8, 1, 0.9)
+
+
+@compiled
+@pytest.mark.parametrize("op", ["momentum", "update", "adamw"])
+def test_kernels_compiled_for_h100(op: str) -> None:
+    from kernels import optimizer as kernels
+    from tests.aot import compile_for_h100
+
+    four, eight = ("*fp32",) * 4, ("*fp32",) * 8
+    scalars = ("average_weight", "beta2", "square_weight", "inverse_correction", "eps", "ema_weight")
+    flat = dict.fromkeys(("clip", "gradient", "average", "square", "ema"), "*fp32")
+    cases: dict[str, Any] = {
+        "momentum": (
+            kernels.muon_momentum_kernel,
+            {"gradients": four, "momenta": four, "clip": "*fp32", "mu": "fp32", "rows": ("i32",) * 4}
+            | {"heights": ("i32",) * 4},
+            {"COLUMNS": (512, 512, 512, 2048), "ROW_NORM": True},
+        ),
+        "update": (
+            kernels.muon_update_kernel,
+            {"parameters": four, "updates": ("*bf16",) * 4, "emas": four, "sizes": ("i32",) * 4}
+            | {"rates": ("fp32",) * 4, "shrink": "fp32", "ema_weight": "fp32"},
+            {},
+        ),
+        "adamw": (
+            kernels.adamw_update_kernel,
+            {"parameters": eight, "sizes": ("i32",) * 8, "rates": ("fp32",) * 8, "shrinks": ("fp32",) * 8}
+            | flat
+            | dict.fromkeys(scalars, "fp32"),
+            {},
+        ),
+    }
+    kernel, types, constants = cases[op]
+    built = compile_for_h100(kernel, types, constants, kernels._configs("h100")[op])
+    assert built.stack == 0
+    assert built.registers <= 80
+    assert "LDG.E.128" in built.sass
+    assert "STG.E.128" in built.sass
