@@ -148,6 +148,7 @@ def pack_run(arguments: Namespace, ranks: Ranks) -> None:
         raise RecordError(f"{run.path} has not finished training; wanted a finished run: train.py --resume {run.path}")
     changes = {
         "matrix_clip_sigmas": arguments.clip_sigmas,
+        "embed_clip_sigmas": arguments.embed_clip_sigmas,
         "gptq_calibration_batches": arguments.calibration_batches,
     }
     config = config.model_copy(update={name: value for name, value in changes.items() if value is not None})
@@ -242,6 +243,7 @@ def parse(arguments: list[str]) -> Namespace:
     command.set_defaults(run=pack_run)
     command.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
     command.add_argument("--clip-sigmas", type=number(float, 0.1), help="start of the search; default: the run's")
+    command.add_argument("--embed-clip-sigmas", type=number(float, 0.1), help="default: the run's")
     command.add_argument("--calibration-batches", type=number(int, 1), help="default: the run's")
     command.add_argument("--out", type=Path, help="file to write; default: RUN/repacked.pga")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")

@@ -2,12 +2,12 @@
 
     24 bytes   magic "GPTGOLF\\n", format version (uint32), bytes of the header and of the payload (uint32, uint64)
     header     JSON, Brotli: configuration, depth, tokenizer, streams and the table of tensors (class Header)
-    payload    the streams one after another, each Brotli on its own, so that threads work on them side by side
+    payload    the streams one after another
     32 bytes   SHA-256 of everything before
 
-Numbers are little-endian. There is a stream for each quantised parameter, of its codes (int8, row-major), and one of
-all scales and vectors, byte planes apart: the low bytes of float16 are noise, the high ones compress. Codes stay as
-they are: parting their even and odd positions, as the seed does, changes the compressed size by less than 0.01%.
+Numbers are little-endian. There is a stream for each quantised parameter, of its codes as gpt/entropy.py writes them,
+and one Brotli stream of all scales and vectors, byte planes apart: the low bytes of float16 are noise, the high ones
+compress. Version 1 had the codes in Brotli; it is not read any more.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,17 +26,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from gpt import entropy
 from gpt.config import MACHINE, Config
+from gpt.entropy import CodingError, decompress, interleaved, planes
 from gpt.gptq import INPUTS, LEVELS, Quantised
 from gpt.model import GPT
 from gpt.record import write_atomic
 from kernels import Ops, select
 
-MAGIC, VERSION = b"GPTGOLF\n", 1
+MAGIC, VERSION = b"GPTGOLF\n", 2
 PREFIX = struct.Struct("<8sIIQ")
 DIGEST = 32
 # Bounds on what a file may ask for, far above any model that fits in 16 MB.
-MAX_BYTES = 1 << 28  # of the file, and of all streams decompressed
+MAX_BYTES = 1 << 28  # of the file, and of all streams decoded
+MAX_ROWS = 1 << 18  # of a quantised parameter: decoding them takes seconds
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_TOKENS = 1 << 20  # of a row
 MAX_BATCH = 1 << 24  # tokens
@@ -55,7 +57,7 @@ class ArtifactError(ValueError):
 class StreamEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     bytes: Size  # in the file
-    size: Size  # decompressed
+    size: Size  # decoded
 
 
 class TensorEntry(BaseModel):
@@ -64,7 +66,7 @@ class TensorEntry(BaseModel):
     kind: Kind
     shape: tuple[Size, ...]
     stream: Size
-    offset: Size  # in the decompressed stream
+    offset: Size  # in the decoded stream
 
     @property
     def nbytes(self) -> int:
@@ -122,55 +124,38 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 # Writing.
 
 
-def _planes(data: bytes, width: int) -> bytes:
-    """All first bytes of numbers of this width, then all second ones, ..."""
-    return bytes(np.frombuffer(data, np.uint8).reshape(-1, width).T.tobytes())
-
-
-def _interleaved(data: bytes, width: int) -> bytes:
-    return bytes(np.frombuffer(data, np.uint8).reshape(width, -1).T.tobytes())
-
-
-def _pieces(tensors: Mapping[str, Quantised | Tensor]) -> Iterator[tuple[str, Kind, Tensor, bool]]:
-    """(entry, kind, values, has a stream of its own) in the order of the file."""
-    for name, value in tensors.items():
-        if isinstance(value, Quantised):
-            yield name, value.kind, value.codes, True
-    for name, value in tensors.items():
-        if isinstance(value, Quantised):
-            yield f"{name}.scales", "float16", value.scales, False
-        else:
-            yield name, "float16" if value.dtype == torch.float16 else "float32", value, False
-
-
 def serialise(
     config: Config, depth: Sequence[int], tokenizer_sha256: str, tensors: Mapping[str, Quantised | Tensor]
 ) -> bytes:
-    """The file's bytes. tensors: every parameter, quantised or as float16 or float32, on the CPU.
-
-    Brotli 11 takes two seconds a million codes; streams are compressed in threads.
-    """
-    contents: list[bytes] = []
+    """The file's bytes. tensors: every parameter, quantised or as float16 or float32, on the CPU."""
+    streams: list[bytes] = []
+    sizes: list[int] = []
     entries: list[TensorEntry] = []
+    others: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Quantised):
+            others[name] = value
+            continue
+        others[f"{name}.scales"] = value.scales
+        shape = tuple(value.codes.shape)
+        entries.append(TensorEntry(name=name, kind=value.kind, shape=shape, stream=len(streams), offset=0))
+        streams.append(entropy.encode(entropy.plan(value.codes.numpy(), LEVELS[value.kind])))
+        sizes.append(value.codes.numel())
     shared = b""
-    own = sum(isinstance(value, Quantised) for value in tensors.values())
-    for name, kind, values, alone in _pieces(tensors):
-        data = values.numpy().astype(DTYPES[kind]).tobytes()
-        stream, offset = (len(contents), 0) if alone else (own, len(shared))
-        entries.append(TensorEntry(name=name, kind=kind, shape=tuple(values.shape), stream=stream, offset=offset))
-        if alone:
-            contents.append(data)
-        else:
-            shared += _planes(data, np.dtype(DTYPES[kind]).itemsize)
-    contents.append(shared)
-    with ThreadPoolExecutor() as threads:
-        streams: list[bytes] = list(threads.map(brotli.compress, contents))  # quality 11; releases the interpreter lock
+    for name, values in others.items():
+        kind: Kind = "float16" if values.dtype == torch.float16 else "float32"
+        shape, stream = tuple(values.shape), len(streams)
+        entries.append(TensorEntry(name=name, kind=kind, shape=shape, stream=stream, offset=len(shared)))
+        data = values.numpy().astype(DTYPES[kind])
+        shared += planes(data.tobytes(), data.itemsize)
+    streams.append(brotli.compress(shared))
+    sizes.append(len(shared))
     header = Header(
         config=config,
         depth=tuple(depth),
         tokenizer_sha256=tokenizer_sha256,
         tensors=tuple(entries),
-        streams=tuple(StreamEntry(bytes=len(s), size=len(c)) for s, c in zip(streams, contents, strict=True)),
+        streams=tuple(StreamEntry(bytes=len(s), size=size) for s, size in zip(streams, sizes, strict=True)),
     )
     text: bytes = brotli.compress(header.model_dump_json(exclude={"config": MACHINE}).encode())
     body = PREFIX.pack(MAGIC, VERSION, len(text), sum(map(len, streams))) + text + b"".join(streams)
@@ -188,27 +173,6 @@ def save(path: str | Path, data: bytes) -> None:
 def _want(condition: bool, message: str) -> None:
     if not condition:
         raise ArtifactError(message)
-
-
-def _decompress(data: bytes, size: int, what: str, exact: bool = True) -> bytes:
-    """Never holds more than `size` bytes and one buffer of the decoder.
-
-    Raises ArtifactError where there is more or, with `exact`, less, or where the data are not one whole Brotli stream.
-    """
-    decoder = brotli.Decompressor()
-    parts: list[bytes] = []
-    total = 0
-    try:
-        while not decoder.is_finished():
-            part = decoder.process(data if not parts else b"", output_buffer_limit=size - total + 1)
-            parts.append(part)
-            total += len(part)
-            _want(total <= size, f"{what}: more than the {size} bytes that it may have")
-            _want(bool(part) or decoder.is_finished(), f"{what}: compressed data end early")
-    except brotli.error as error:
-        raise ArtifactError(f"{what}: not Brotli data ({error})") from None
-    _want(not exact or total == size, f"{what}: {total} bytes, wanted {size}")
-    return b"".join(parts)
 
 
 def _read_header(text: bytes) -> Header:
@@ -256,30 +220,36 @@ def _check_table(header: Header) -> None:
             entry.offset == sizes[entry.stream],
             f"{what}: at byte {entry.offset} of stream {entry.stream}, wanted {sizes[entry.stream]}",
         )
+        if entry.kind in LEVELS:
+            rows = math.prod(shape[:-1])
+            _want(rows <= MAX_ROWS, f"{what}: {rows} rows, wanted at most {MAX_ROWS}")
         sizes[entry.stream] += entry.nbytes
         seen[entry.name] = entry
     needed = set(wanted) | {f"{name}.scales" for name, entry in seen.items() if entry.kind in LEVELS}
     _want(needed == set(seen), f"table of tensors: no {', '.join(sorted(needed - set(seen)))}")
     for number, (stream, size) in enumerate(zip(header.streams, sizes, strict=True)):
+        inside = [entry.kind for entry in header.tensors if entry.stream == number]
+        _want(
+            len(inside) == 1 or (bool(inside) and LEVELS.keys().isdisjoint(inside)),
+            f"stream {number}: of {len(inside)} tensors, wanted codes on their own or any number of others",
+        )
         _want(stream.size == size, f"stream {number}: {stream.size} bytes declared, wanted {size} for its tensors")
     _want(sum(sizes) <= MAX_BYTES, f"streams: {sum(sizes)} bytes, wanted at most {MAX_BYTES}")
 
 
-def _read_tensor(entry: TensorEntry, content: bytes) -> Tensor:
-    data = content[entry.offset : entry.offset + entry.nbytes]
-    dtype = np.dtype(DTYPES[entry.kind])
-    if dtype.itemsize > 1:
-        data = _interleaved(data, dtype.itemsize)
-    values = np.frombuffer(data, dtype).reshape(entry.shape).copy()
-    tensor = torch.from_numpy(values)
-    if entry.kind in LEVELS:
-        most = LEVELS[entry.kind]
-        # Not abs(): that of -128 is -128.
-        fits = tensor.numel() == 0 or bool((tensor.amax() <= most) & (tensor.amin() >= -most))
-        _want(fits, f"tensor {entry.name!r}: codes outside -{most}..{most}")
-    else:
+def _read_stream(data: bytes, size: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
+    """The tensors of one stream. Raises CodingError or ArtifactError."""
+    if entries[0].kind in LEVELS:
+        codes = entropy.decode(data, entries[0].shape, LEVELS[entries[0].kind])
+        return {entries[0].name: torch.from_numpy(codes)}
+    content, tensors = decompress(data, size), {}
+    for entry in entries:
+        dtype = np.dtype(DTYPES[entry.kind])
+        part = interleaved(content[entry.offset : entry.offset + entry.nbytes], dtype.itemsize)
+        values = np.frombuffer(part, dtype).reshape(entry.shape).astype(dtype.newbyteorder("="))
+        tensors[entry.name] = tensor = torch.from_numpy(values)
         _want(bool(tensor.isfinite().all()), f"tensor {entry.name!r}: numbers that are not finite")
-    return tensor
+    return tensors
 
 
 def parse(data: bytes) -> Artifact:
@@ -294,29 +264,28 @@ def parse(data: bytes) -> Artifact:
     _want(len(data) == wanted, f"{len(data)} bytes, wanted the {wanted} that the file's lengths add up to")
     _want(hashlib.sha256(data[:-DIGEST]).digest() == data[-DIGEST:], "checksum does not match: the file is damaged")
     begin = PREFIX.size + header_bytes
-    header = _read_header(_decompress(data[PREFIX.size : begin], MAX_HEADER, "header", exact=False))
+    try:
+        header = _read_header(decompress(data[PREFIX.size : begin], MAX_HEADER, exact=False))
+    except CodingError as error:
+        raise ArtifactError(f"header: {error}") from None
     stored = sum(stream.bytes for stream in header.streams)
     _want(stored == payload_bytes, f"streams of {stored} bytes, wanted the {payload_bytes} of the payload")
     _check_table(header)
 
-    parts: list[bytes] = []
-    for stream in header.streams:
-        parts.append(data[begin : begin + stream.bytes])
+    read: dict[str, Tensor] = {}
+    for number, stream in enumerate(header.streams):
+        entries = [entry for entry in header.tensors if entry.stream == number]
+        try:
+            read |= _read_stream(data[begin : begin + stream.bytes], stream.size, entries)
+        except CodingError as error:
+            raise ArtifactError(f"stream {number}: {error}") from None
         begin += stream.bytes
-    with ThreadPoolExecutor() as threads:
-        contents = list(
-            threads.map(
-                _decompress,
-                parts,
-                [s.size for s in header.streams],
-                [f"stream {number}" for number in range(len(parts))],
-            )
-        )
-    read = {entry.name: (entry.kind, _read_tensor(entry, contents[entry.stream])) for entry in header.tensors}
     tensors: dict[str, Quantised | Tensor] = {
-        name: Quantised(kind, values, read[f"{name}.scales"][1]) if kind in LEVELS else values
-        for name, (kind, values) in read.items()
-        if not name.endswith(".scales")
+        entry.name: Quantised(entry.kind, read[entry.name], read[f"{entry.name}.scales"])
+        if entry.kind in LEVELS
+        else read[entry.name]
+        for entry in header.tensors
+        if not entry.name.endswith(".scales")
     }
     return Artifact(header, tensors, hashlib.sha256(data).hexdigest(), len(data))
 

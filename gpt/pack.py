@@ -1,8 +1,8 @@
-"""From trained weights to an artifact that fits: calibrate, quantise, compress, and coarsen until it is small."""
+"""From trained weights to an artifact that fits: calibrate, quantise, compress, coarsen until it is small."""
 
 from __future__ import annotations
 
-import heapq
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +17,6 @@ from gpt.config import ARTIFACT_LIMIT
 from gpt.distributed import Ranks
 from gpt.gptq import (
     INPUTS,
-    LEVELS,
     Hessians,
     IntKind,
     QuantisationError,
@@ -26,14 +25,14 @@ from gpt.gptq import (
     output_error,
     parameter_factors,
     quantise,
-    round_to_nearest,
-    row_scales,
     stacked,
+    without_dead_neurons,
 )
 from gpt.model import BANKS, GPT
 
-ATTEMPTS = 8
-SLACK = 0.001  # of the budget, that a predicted size stays below it
+ATTEMPTS = 12
+SLACK = 0.001  # of the budget, that an artifact may leave unused
+OCTAVES = 6  # that the clip may be raised: codes are 0 or 1 then
 
 Tensors = dict[str, Quantised | Tensor]
 
@@ -67,6 +66,7 @@ class Packed:
     clip_sigmas: float  # of the matrices
     attempts: int  # times that the matrices were quantised
     groups: tuple[Group, ...]
+    dead_neurons: int  # of the MLPs, that reach nothing and are left out
     seconds: dict[str, float]  # calibrate (reads training data), quantise, compress
 
     @property
@@ -86,6 +86,7 @@ class Packed:
             f"{g.name:14s}{g.kind:>6s}{g.parameters:12,d}{g.nbytes:12,d}{g.bits:7.3f}{g.clip_sigmas:8.3f}{g.output_error:8.4f}"
             for g in self.groups
         ]
+        lines.append(f"{'dead neurons':14s}{'':6s}{self.dead_neurons:12,d}  (their rows are left out)")
         rest = self.nbytes - sum(group.nbytes for group in self.groups)
         lines.append(f"{'vectors':14s}{'':18s}{rest:12,d}  (scales, vectors, header)")
         lines.append(f"{'code, LZMA':14s}{'':18s}{self.code_nbytes:12,d}")
@@ -154,31 +155,19 @@ def _pack(
     vectors = {name: _half(weight) for name, weight in weights.items() if name not in INPUTS}
     seconds["quantise"] += time.perf_counter() - begin
 
-    def quantised(clip_sigmas: float) -> Tensors:
+    def packed(clip_sigmas: float) -> tuple[Tensors, bytes]:
         begin = time.perf_counter()
         matrices = {name: quantise(weights[name], factors[name], clip_sigmas, "int6") for name in BANKS}
-        seconds["quantise"] += time.perf_counter() - begin
-        return {**matrices, **fixed, **vectors}
-
-    def compressed(tensors: Tensors) -> bytes:
-        begin = time.perf_counter()
+        matrices["mlp_up_bank"] = without_dead_neurons(matrices["mlp_up_bank"], matrices["mlp_down_bank"])
+        quantised = time.perf_counter()
+        tensors: Tensors = {**matrices, **fixed, **vectors}
         data = artifact.serialise(config, depth, tokenizer_sha256, tensors)
-        seconds["compress"] += time.perf_counter() - begin
-        return data
+        seconds["quantise"] += quantised - begin
+        seconds["compress"] += time.perf_counter() - quantised
+        return tensors, data
 
-    def rounded(clip_sigmas: float) -> float:
-        """Size with the weights rounded to nearest: close to that of GPTQ's codes, and quick."""
-        size = other
-        for name in BANKS:
-            scales = row_scales(weights[name], clip_sigmas, LEVELS["int6"])
-            codes = round_to_nearest(weights[name], scales, LEVELS["int6"])
-            size += coded_bytes(codes) + coded_bytes(scales)
-        return size
-
-    other = predicted_bytes({**fixed, **vectors})
-    clip, attempts, tensors, data = fit(
-        quantised, compressed, rounded, predicted_bytes, config.matrix_clip_sigmas, limit - code_nbytes
-    )
+    octave = sum(weights[name].numel() for name in BANKS) / 8
+    clip, attempts, tensors, data = fit(packed, config.matrix_clip_sigmas, limit - code_nbytes, octave)
     artifact.save(path, data)
 
     written = artifact.parse(data)  # what was written can be read
@@ -194,7 +183,10 @@ def _pack(
         )
         sigmas = clip if name in BANKS else config.embed_clip_sigmas
         groups.append(Group(name, value.kind, weight.numel(), streams[name], sigmas, error))
-    return Packed(path, written.sha256, len(data), code_nbytes, limit, clip, attempts, tuple(groups), seconds)
+    down = tensors["mlp_down_bank"]
+    assert isinstance(down, Quantised)
+    dead = int((down.codes == 0).all(-2).sum())
+    return Packed(path, written.sha256, len(data), code_nbytes, limit, clip, attempts, tuple(groups), dead, seconds)
 
 
 def _half(weight: Tensor) -> Tensor:
@@ -203,73 +195,43 @@ def _half(weight: Tensor) -> Tensor:
     return half.cpu() if half.isfinite().all() else weight.float().cpu()
 
 
-def coded_bytes(values: Tensor) -> float:
-    """Bytes of a tensor under one Huffman code a byte plane; order-0 entropy would leave out what whole bits waste.
-
-    Brotli 11 comes within 0.02% of it on Gaussian codes, whose order says nothing.
-    """
-    width = values.element_size()
-    bits = 0
-    for plane in values.contiguous().flatten().view(torch.int8).view(-1, width).unbind(1):
-        counts = [count for count in torch.bincount(plane.int() + 128).tolist() if count]
-        heapq.heapify(counts)
-        while len(counts) > 1:
-            merged = heapq.heappop(counts) + heapq.heappop(counts)
-            bits += merged
-            heapq.heappush(counts, merged)
-    return bits / 8
-
-
-def predicted_bytes(tensors: Tensors) -> float:
-    """Bytes of the tensors in a file, about."""
-    return sum(
-        coded_bytes(value.codes) + coded_bytes(value.scales) if isinstance(value, Quantised) else coded_bytes(value)
-        for value in tensors.values()
-    )
-
-
 def fit(
-    quantised: Callable[[float], Tensors],
-    compressed: Callable[[Tensors], bytes],
-    rough: Callable[[float], float],
-    predicted: Callable[[Tensors], float],
-    clip_sigmas: float,
-    budget: int,
+    packed: Callable[[float], tuple[Tensors, bytes]], clip_sigmas: float, budget: int, octave: float
 ) -> tuple[float, int, Tensors, bytes]:
     """Raise the clip, from where it is given, until the bytes fit the budget: coarser steps, fewer bits.
 
-    From quick and rough to slow and exact: rough(clip) in bytes, up to a factor; quantised(clip), with predicted(...)
-    of what comes out, up to another; compressed(...), which alone decides, and is left out where the prediction is too
-    large. Each factor is corrected by what the next step finds. Returns the clip, how often it was quantised, the
-    tensors and their bytes. Raises QuantisationError where ATTEMPTS do not do, or where no clip can.
+    Size falls almost in proportion to log2(clip): by a bit a weight for each doubling, less where many codes are 0.
+    octave: those bytes, no less than what a doubling saves; then secants. Returns the clip, how often it was packed,
+    the tensors and their bytes, which leave at most SLACK of the budget unused unless the first clip fits. Raises
+    QuantisationError where no clip fits.
     """
-    clip, widened, brotli = clip_sigmas, 1.0, 1.0
-    for attempts in range(1, ATTEMPTS + 1):
-        clip = _smallest_clip(rough, clip, budget * (1 - SLACK) / (widened * brotli))
-        tensors = quantised(clip)
-        size = predicted(tensors)
-        widened = size / rough(clip)
-        if size * brotli > budget:
-            continue
-        data = compressed(tensors)
-        if len(data) <= budget:
-            return clip, attempts, tensors, data
-        brotli = len(data) / size
-    raise QuantisationError(f"no fit in {ATTEMPTS} attempts, the last at clip_sigmas={clip:.3f}; wanted {budget} bytes")
-
-
-def _smallest_clip(size: Callable[[float], float], low: float, wanted: float) -> float:
-    """The smallest clip from `low` on whose size is at most `wanted`, to a part in a thousand."""
-    if size(low) <= wanted:
-        return low
-    high, most = low, 64 * low  # there, all codes are 0 or 1
-    while size(high) > wanted:
-        if high >= most:
-            raise QuantisationError(
-                f"does not fit: {size(high):.0f} bytes even at clip_sigmas={high:.0f}, wanted at most {wanted:.0f}"
-            )
-        low, high = high, 2 * high
-    while high > 1.001 * low:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if size(middle) <= wanted else (middle, high)
-    return high
+    begin = math.log2(clip_sigmas)
+    place, clip = begin, clip_sigmas
+    large: tuple[float, int] | None = None  # (log2 of the clip, bytes) of the last that did not fit
+    best: tuple[float, Tensors, bytes] | None = None
+    attempts = 0
+    while attempts < ATTEMPTS:
+        attempts += 1
+        tensors, data = packed(clip)
+        size = len(data)
+        if size <= budget:
+            best = clip, tensors, data
+            if large is None or size >= (1 - SLACK) * budget:
+                break
+        else:
+            if best is None and large is not None and size < large[1]:
+                octave = (large[1] - size) / (place - large[0])
+            elif best is None and place >= begin + OCTAVES:
+                break
+            large = place, size
+        wanted = (1 - SLACK / 2) * budget
+        if best is None:
+            place = min(place + (size - wanted) / octave, begin + OCTAVES)
+        else:
+            small = math.log2(best[0]), len(best[2])
+            place = large[0] + (small[0] - large[0]) * (large[1] - wanted) / (large[1] - small[1])
+        clip = 2.0**place
+    if best is None:
+        raise QuantisationError(f"does not fit: {size} bytes even at clip_sigmas={clip:.1f}, wanted at most {budget}")
+    clip, tensors, data = best
+    return clip, attempts, tensors, data

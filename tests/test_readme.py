@@ -45,6 +45,20 @@ def test_measured_figures_are_the_data() -> None:
     assert "train loss at step 2000" in compare(ours, seed)
 
 
+def test_bytes_are_the_data() -> None:
+    found = {(row["case"], row["impl"]): row["bytes"] for row in rows("pack-cpu.json")["rows"]}
+    seed = found["all", "seed-method"]
+    for place in (
+        ("all", "seed-method"),
+        ("all", "information: order 0"),
+        ("all", "information: order 0, equal rows once"),
+        ("all", "ours"),
+        ("all, live", "ours"),
+    ):
+        change = "" if found[place] == seed else f"{100 * (found[place] / seed - 1):.1f}% "
+        assert f"| {found[place]:,.0f} | {change}|" in README
+
+
 def test_presets_and_unigram_entropy_are_named() -> None:
     assert all(f"| `{preset}` |" in README for preset in PRESETS)
     assert "3.2557 bits per" in (ROOT / "data/sample/README.md").read_text()
