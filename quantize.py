@@ -1,6 +1,10 @@
 """Scores an artifact, lets it write, makes another one from a finished run, hands runs in and checks what is handed in.
 
     python quantize.py score ARTIFACT             BPB of its model on the validation shards, plain and sliding
+    python quantize.py score ARTIFACT --ttt chunk --json score.json      and with test-time training
+    python quantize.py audit score.json           proof from the ledgers beside it that no token was seen too early
+    python quantize.py preflight ARTIFACT         a reviewer's checks, on a CPU, in a minute
+    python quantize.py report RUN                 one page that shows a run
     python quantize.py sample ARTIFACT --prompt "Once upon a time"
     python quantize.py pack RUN --clip-sigmas 13  quantise the run's EMA weights again
     python quantize.py submission RUN... --out FOLDER --author NAME --github-id ID
@@ -17,23 +21,29 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from gpt.artifact import MAX_TOKENS, Artifact, ArtifactError, load
 from gpt.bundle import count_code
-from gpt.config import ARTIFACT_LIMIT, PRESETS, ROOT, ConfigError
+from gpt.config import ARTIFACT_LIMIT, PRESETS, ROOT, ConfigError, build_config
 from gpt.data import DataError, calibration_batches, load_validation
 from gpt.distributed import Ranks, distributed, run_program
 from gpt.generate import generate, stream_text
 from gpt.gptq import QuantisationError
+from gpt.ledger import LedgerError, audit_record, fingerprint, seal
 from gpt.model import GPT
 from gpt.pack import pack
+from gpt.page import write_page
+from gpt.preflight import preflight
 from gpt.record import RecordError, Run, read_config, write_atomic
-from gpt.score import Score, score, validation_text
+from gpt.report import LEAKING
+from gpt.score import Score, record_scores, score, validation_text
 from gpt.tokenizer import Tokenizer
+from gpt.ttt import adapt, parse_form, pre_quant
 from kernels import KernelError, select
 
 # What a user can mend: shown without a traceback.
-ERRORS = (ArtifactError, ConfigError, DataError, KernelError, QuantisationError, RecordError, OSError)
+ERRORS = (ArtifactError, ConfigError, DataError, KernelError, LedgerError, QuantisationError, RecordError, OSError)
 SAMPLE_DATA, SAMPLE_TOKENIZER = (Path(PRESETS["sample"][name]) for name in ("data_path", "tokenizer_path"))
 
 
@@ -64,21 +74,26 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
     config, ops = artifact.config, select(arguments.kernels, ranks.device)
     data_path = arguments.data_path or (SAMPLE_DATA if tokenizer.path == SAMPLE_TOKENIZER else config.data_path)
     context = arguments.context or config.context
-    strides = {"plain": context, "sliding": arguments.stride or config.eval_stride}
+    stride = arguments.stride or config.eval_stride
+    strides = {"plain": context, "sliding": stride}
     if arguments.only:
         strides = {arguments.only: strides[arguments.only]}
-    if max(strides.values()) > context:
-        raise ConfigError(f"stride {max(strides.values())}, context {context}: wanted stride <= context")
+    if stride > context:
+        raise ConfigError(f"stride {stride}, context {context}: wanted stride <= context")
+    forms = {text.replace(",", "-").replace("=", ""): parse_form(text) for text in arguments.ttt}
 
     model = artifact.model(ops, ranks.device, ranks.dtype)
     tokens = load_validation(data_path, config.vocab_size)
     text = validation_text(tokens, tokenizer.byte_table(), ranks.device)
+    batch = config.val_batch_size
     scores = {
-        name: score(
-            model, text, artifact.depth, ranks, context=context, stride=stride, batch_tokens=config.val_batch_size
-        )
-        for name, stride in strides.items()
+        name: score(model, text, artifact.depth, ranks, context=context, stride=each, batch_tokens=batch)
+        for name, each in strides.items()
     }
+    for name, form in forms.items():
+        scores[name] = adapt(
+            model, text, artifact.depth, ranks, form, context=context, stride=stride, batch_tokens=batch
+        )
     if not ranks.main:
         return
     code = count_code(ROOT)
@@ -90,24 +105,57 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
             "code_bytes": code,
             "limit": ARTIFACT_LIMIT,
             "tokenizer_sha256": tokenizer.sha256,
+            "leaking": config.leaking,
             "depth": artifact.depth,
             "kernels": ops.names,
             "world_size": ranks.world_size,
-            "scores": {name: score.as_dict() for name, score in scores.items()},
+            "scores": record_scores(
+                arguments.json, scores, text, dict.fromkeys(scores, artifact.sha256), config.leaking
+            ),
         }
-        write_atomic(arguments.json, json.dumps(record, indent=2).encode() + b"\n")
+        write_atomic(arguments.json, json.dumps(seal(record), indent=2).encode() + b"\n")
+
+
+def audit_scores(arguments: Namespace, ranks: Ranks) -> None:
+    path = arguments.record / "summary.json" if arguments.record.is_dir() else arguments.record
+    beside = path.with_name("model.pga")
+    file = arguments.artifact or (beside if beside.is_file() else None)
+    known: dict[str, Any] = {}
+    if file:
+        artifact = load(file)
+        model = artifact.model(select("reference", ranks.device), ranks.device, ranks.dtype)
+        base = f"{int(fingerprint(model.parameters())) % 2**64:016x}"
+        known = {"artifact": artifact.sha256, "base": base, "leaking": artifact.config.leaking}
+    if arguments.data_path:
+        if not file:
+            raise ConfigError("--data-path: bytes are those of the artifact's tokenizer; wanted --artifact too")
+        tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
+        tokens = load_validation(arguments.data_path, artifact.config.vocab_size)
+        text = validation_text(tokens, tokenizer.byte_table(), ranks.device)
+        known |= {"tokens": tokens, "lengths": text.lengths.cpu().numpy()}
+    findings = audit_record(path, **known)
+    for name, found in findings.items():
+        of = f"{found.versions} versions of the weights, {found.trained:,d} tokens trained some; {found.lines} lines"
+        print(f"{name}: {'LEAKING' if found.leaking else 'fair'}. {of}")
+    print(f"artifact  {f'{file}: the one that was scored' if file else 'not at hand'}")
+    print(f"shards    {'the ones that were scored' if arguments.data_path else 'not compared: --data-path'}")
+    if any(found.leaking for found in findings.values()):
+        raise LedgerError(f"{path}: {' '.join(LEAKING)}")
 
 
 def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str) -> str:
     """The table that `score` prints."""
     total = artifact.nbytes + code
     columns = f"{'BPB':>9s}{'nats/token':>12s}{'tokens':>13s}{'bytes':>14s}{'context':>9s}{'stride':>8s}{'s':>9s}"
-    lines = [f"{'':10s}{columns}"]
+    width = max(10, *(len(name) + 2 for name in scores))
+    lines = [f"{'':{width}s}{columns}"]
     lines += [
-        f"{name:10s}{s.bpb:9.5f}{s.nats_per_token:12.5f}{s.tokens:13,d}{s.bytes:14,d}{s.context:9d}{s.stride:8d}"
+        f"{name:{width}s}{s.bpb:9.5f}{s.nats_per_token:12.5f}{s.tokens:13,d}{s.bytes:14,d}{s.context:9d}{s.stride:8d}"
         f"{s.seconds:9.2f}"
         for name, s in scores.items()
     ]
+    if artifact.config.leaking:
+        lines.append(" ".join(LEAKING))
     verdict = "fits" if total <= ARTIFACT_LIMIT else "TOO LARGE"
     lines += [
         f"bytes     {artifact.nbytes:,d} artifact + {code:,d} code = {total:,d} of {ARTIFACT_LIMIT:,d}: {verdict}",
@@ -156,9 +204,11 @@ def pack_run(arguments: Namespace, ranks: Ranks) -> None:
     tokenizer.require(config.vocab_size)
     model = GPT(config, select(arguments.kernels, ranks.device), ranks.dtype)
     model.load_state_dict(state["optimizer"]["ema"])
+    depth = config.depth_at(max(state["step"] - 1, 0))
+    pre_quant(model.to(ranks.device), depth, ranks, config)
     packed = pack(
-        model.to(ranks.device),
-        config.depth_at(max(state["step"] - 1, 0)),
+        model,
+        depth,
         tokenizer.sha256,
         calibration_batches(config, config.gptq_calibration_batches, ranks.rank, ranks.world_size, ranks.device),
         arguments.out or run.path / "repacked.pga",
@@ -194,6 +244,16 @@ def check_submission(arguments: Namespace, ranks: Ranks) -> int:
     return int(found.failed)
 
 
+def run_preflight(arguments: Namespace, ranks: Ranks) -> int:
+    artifact = load(arguments.artifact) if arguments.artifact else None
+    config = artifact.config if artifact else build_config(preset=arguments.preset)
+    return 0 if preflight(config, artifact, ranks) else 1
+
+
+def report_run(arguments: Namespace, ranks: Ranks) -> None:
+    print(write_page(arguments.path, arguments.against))
+
+
 def parse(arguments: list[str]) -> Namespace:
     def number(kind: type[float], low: float, high: float = float("inf")):  # type: ignore[no-untyped-def]
         def read(text: str) -> float:
@@ -223,8 +283,27 @@ def parse(arguments: list[str]) -> Namespace:
     only = command.add_mutually_exclusive_group()
     only.add_argument("--plain", dest="only", action="store_const", const="plain", help="only rows side by side")
     only.add_argument("--sliding", dest="only", action="store_const", const="sliding", help="only sliding windows")
+    command.add_argument(
+        "--ttt",
+        action="append",
+        default=[],
+        metavar="FORM[,SETTING=VALUE...]",
+        help="also with test-time training: chunk, document or phased, for example chunk,lr=0.01; may be repeated",
+    )
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
-    command.add_argument("--json", type=Path, help="also write the figures to this file")
+    command.add_argument("--json", type=Path, help="also write the figures to this file, and their ledgers beside it")
+
+    command = commands.add_parser("audit", parents=[machine], help="prove from its ledgers that a score is fair")
+    command.set_defaults(run=audit_scores, device="cpu")
+    command.add_argument("record", type=Path, help="what score --json wrote, or a run's folder")
+    command.add_argument("--artifact", type=Path, help="that was scored; default: model.pga beside the record")
+    command.add_argument("--data-path", type=Path, help="folder of fineweb_val_*.bin, to compare with")
+    command.add_argument("--tokenizer-path", type=Path, help="default: the sample's, if it is the artifact's")
+
+    command = commands.add_parser("preflight", parents=[machine], help="a reviewer's checks, on a CPU, in a minute")
+    command.set_defaults(run=run_preflight, device="cpu")
+    command.add_argument("artifact", type=Path, nargs="?", help="default: a new model of the preset")
+    command.add_argument("--preset", choices=tuple(PRESETS), default="seed")
 
     command = commands.add_parser(
         "sample",
@@ -238,6 +317,11 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token")
     command.add_argument("--top-p", type=number(float, 0, 1), default=0.95, help="share of probability drawn from")
     command.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
+
+    command = commands.add_parser("report", parents=[machine], help="one page that shows a run: report.html")
+    command.set_defaults(run=report_run, device="cpu")
+    command.add_argument("path", type=Path, metavar="RUN", help="folder of a finished run")
+    command.add_argument("--against", type=Path, metavar="RUN", help="show settings that differ from this run's")
 
     command = commands.add_parser("pack", parents=[machine], help="quantise a finished run's EMA weights again")
     command.set_defaults(run=pack_run)

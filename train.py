@@ -19,10 +19,12 @@ from gpt.distributed import Ranks, distributed, run_program
 from gpt.gptq import QuantisationError
 from gpt.model import GPT
 from gpt.pack import pack
+from gpt.page import write_page
 from gpt.record import RecordError, Run, read_config
 from gpt.report import header, summarise, table
-from gpt.score import Score, score, validation_text
+from gpt.score import Score, record_scores, score, validation_text
 from gpt.trainer import Trainer, TrainingError
+from gpt.ttt import pre_quant
 from kernels import KernelError, select
 
 # What a user can mend: shown without a traceback.
@@ -69,21 +71,25 @@ def run_job(config: Config, resumed: Path | None, ranks: Ranks) -> None:
     trainer = Trainer(model, config, run, ranks, text.lengths.float().mean().item())
     warmup_seconds = trainer.warm_up()
     trained = trainer.train(validate=lambda depth: scored(model, depth, config.context))
-    ema = scored(model, trained.depth, config.context)
+    scores = {"ema": scored(model, trained.depth, config.context)}
+    pre_quant_seconds = pre_quant(model, trained.depth, ranks, config)
+    if pre_quant_seconds:
+        scores["ema_pre_quant"] = scored(model, trained.depth, config.context)
 
     path = run.path / "model.pga"
     packed = pack(model, trained.depth, tokenizer.sha256, batches, path, ranks, count_code(ROOT))
 
     artifact = load(path)  # from here on only what was read back
     restored = artifact.model(ops, ranks.device, ranks.dtype)
-    plain = scored(restored, artifact.depth, config.context)
-    sliding = scored(restored, artifact.depth, config.eval_stride)
+    scores["artifact"] = scored(restored, artifact.depth, config.context)
+    scores["artifact_sliding"] = scored(restored, artifact.depth, config.eval_stride)
 
-    summary = summarise(
-        run, trained, packed, warmup_seconds, {"ema": ema, "artifact": plain, "artifact_sliding": sliding}
-    )
-    run.write_json("summary.json", summary)
     if ranks.main:
+        of = {name: None if name.startswith("ema") else artifact.sha256 for name in scores}
+        entries = record_scores(run.path / "summary.json", scores, text, of, config.leaking)
+        summary = summarise(run, trained, packed, warmup_seconds, pre_quant_seconds, entries)
+        run.write_json("summary.json", summary)
+        write_page(run.path)
         print(f"\n{packed.table()}\n\n{table(summary)}", flush=True)
 
 

@@ -25,7 +25,7 @@ MACHINE = {"data_path", "tokenizer_path", "runs_path", "run_id", "device"}
 # Names that the seed's script reads and for which only one value has a meaning here; any other value is refused.
 SEED_ONLY = {
     "EMA_ENABLED": ("1", "the EMA is what is exported"),
-    "TTT_ENABLED": ("0", "test-time training is not part of this program"),
+    "TTT_ENABLED": ("0", "the seed's trains on the tokens it is scored on: --pre-quant validation --allow-leak"),
     "TIE_EMBEDDINGS": ("1", "the output head is always the embedding"),
     "LN_SCALE": ("1", "the 1/sqrt(layer+1) scale is always on"),
     "SWA_ENABLED": ("0", "the seed collects SWA snapshots and never uses them"),
@@ -147,6 +147,19 @@ class Config(BaseModel):
     """Largest norm of the averaged gradient; 0 for no clipping."""
     ema_decay: float = Field(0.9965, ge=0, lt=1)
 
+    # Fine-tuning of the averaged weights before they are quantised.
+    pre_quant: Literal["none", "train", "validation"] = "none"
+    """On rows at the end of the training stream, held out for it, or on the validation tokens, as the seed did: that
+    leaks, wants allow_leak, and every result says so."""
+    allow_leak: bool = False
+    """Let a result be worthless: see pre_quant."""
+    pre_quant_rows: int = Field(512, ge=1)
+    """Rows of train_seq_len tokens that are held out. Their time is on the clock: raise gptq_reserve_seconds by it."""
+    pre_quant_epochs: int = Field(22, ge=1)
+    pre_quant_lr: float = Field(2.5e-4, gt=0)
+    pre_quant_soup: int = Field(1, ge=1)
+    """Mean of so many fine-tuned models, each of a random 80% of the rows where there are several."""
+
     # Quantisation.
     matrix_clip_sigmas: float = Field(6.0, gt=0)
     """Scale of a row = clip_sigmas * std(row) / 31. Raised by the packer until the artifact fits; the least sensible
@@ -193,6 +206,16 @@ class Config(BaseModel):
     def num_skips(self) -> int:
         """U-Net skip connections: as many as the first half of the physical layers has."""
         return self.num_layers // 2
+
+    @property
+    def leaking(self) -> bool:
+        """Whether the weights have seen the tokens that they are scored on."""
+        return self.pre_quant == "validation"
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens at the end of the training stream that training does not see."""
+        return self.pre_quant_rows * self.train_seq_len + 1 if self.pre_quant == "train" else 0
 
     def depth(self, recurrence: bool) -> tuple[int, ...]:
         """Physical index of each virtual layer."""
@@ -266,6 +289,10 @@ class Config(BaseModel):
         want(
             self.val_batch_size >= self.context,
             f"val_batch_size={self.val_batch_size} is less than one row of {self.context}",
+        )
+        want(
+            self.pre_quant != "validation" or self.allow_leak,
+            "pre_quant=validation trains on the tokens that are scored; wanted --allow-leak beside it",
         )
         want(
             self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,

@@ -33,8 +33,10 @@ __all__ = [
     "TrainLoader",
     "calibration_batches",
     "check_shards",
+    "held_out_rows",
     "load_validation",
     "open_shard",
+    "rows_of",
     "token_bytes",
     "train_shards",
     "val_shards",
@@ -121,11 +123,16 @@ def load_validation(data_path: str | Path, vocab_size: int | None = None) -> Tok
 
 
 class TokenStream:
-    """Shards as one stream of tokens, memory-mapped; only what is read is loaded."""
+    """Shards as one stream of tokens, memory-mapped; only what is read is loaded. The last held_out are left out."""
 
-    def __init__(self, paths: Sequence[Path], vocab_size: int) -> None:
+    def __init__(self, paths: Sequence[Path], vocab_size: int, held_out: int = 0) -> None:
         self.paths = list(paths)
         self.shards = [open_shard(path) for path in self.paths]
+        if held_out >= self.shards[-1].size:
+            raise DataError(
+                f"{self.paths[-1]}: {self.shards[-1].size} tokens, wanted more than the {held_out} held out"
+            )
+        self.shards[-1] = self.shards[-1][: self.shards[-1].size - held_out]
         self.vocab_size = vocab_size
         self.starts = np.cumsum([0] + [shard.size for shard in self.shards])
         self.size = int(self.starts[-1])
@@ -236,7 +243,7 @@ class BatchSource:
         self.world_size = world_size
         self.accumulation = config.accumulation(world_size)
         self.rows = config.train_batch_tokens // config.train_seq_len // world_size // self.accumulation
-        self._stream = TokenStream(train_shards(config.data_path), config.vocab_size)
+        self._stream = TokenStream(train_shards(config.data_path), config.vocab_size, config.held_out_tokens)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
         if config.train_order == "shuffled":
             self._all_rows = Rows(self._stream, config.train_seq_len)
@@ -328,6 +335,18 @@ class TrainLoader:
         self.close()
 
 
+def held_out_rows(config: Config, device: torch.device) -> Tensor:
+    """The end of the training stream that training does not see: (pre_quant_rows, train_seq_len + 1) int32."""
+    stream = TokenStream(train_shards(config.data_path), config.vocab_size)
+    tokens = stream.read(stream.size - config.held_out_tokens, config.held_out_tokens)
+    return rows_of(torch.from_numpy(tokens.astype(np.int32)).to(device), config.train_seq_len)
+
+
+def rows_of(tokens: Tensor, seq_len: int) -> Tensor:
+    """(count,) tokens -> (rows, seq_len + 1): rows side by side, each with its last target; the rest is left out."""
+    return tokens.unfold(0, seq_len + 1, seq_len)
+
+
 def calibration_batches(
     config: Config, count: int, rank: int, world_size: int, device: torch.device | str
 ) -> Iterator[Tensor]:
@@ -337,7 +356,8 @@ def calibration_batches(
     the same for every world size; rank r has the r-th, the (r + world_size)-th and so on.
     Raises DataError, at the call, where the training shards have fewer rows; what they hold is read batch by batch.
     """
-    rows = Rows(TokenStream(train_shards(config.data_path), config.vocab_size), config.train_seq_len)
+    stream = TokenStream(train_shards(config.data_path), config.vocab_size, config.held_out_tokens)
+    rows = Rows(stream, config.train_seq_len)
     each = config.micro_batch_tokens // config.train_seq_len
     if rows.count < count * each:
         raise DataError(

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,13 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor, op=op)
         return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, in the order of ranks, on every rank. Values have to pickle."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def broadcast_text(self, text: str) -> str:
         """Rank 0's string, on every rank."""

@@ -3,7 +3,8 @@
 config.json          the full configuration            metrics.jsonl        one JSON line a logged step
 environment.json     versions, GPU, git commit          curves.png           loss and learning rate
 checkpoint.pt        weights, optimizer, EMA, position  summary.json         what the run ended with
-model.pga            the artifact
+model.pga            the artifact                       *.ledger.gz          how each score came about
+report.html          all of it on one page
 """
 
 from __future__ import annotations
@@ -93,6 +94,18 @@ def read_config(path: Path) -> Config:
         raise RecordError(f"{path} is not a run's folder: {error}") from None
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of the metrics.jsonl of the run at `path`; a last line that a kill cut short is left out."""
+    file = path / "metrics.jsonl"
+    entries = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
 class Run:
     """A run's folder, written by rank 0. Made by `create` or found by `resume`."""
 
@@ -152,15 +165,7 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; a last line that a kill cut short is left out."""
-        path = self.path / "metrics.jsonl"
-        entries = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
-        return entries
+        return read_metrics(self.path)
 
     def rewind(self, step: int) -> None:
         """Drop what metrics.jsonl says of steps after `step`: they will be run again."""

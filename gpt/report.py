@@ -9,11 +9,13 @@ from typing import Any
 
 from gpt.config import ARTIFACT_LIMIT, Config
 from gpt.distributed import Ranks
+from gpt.ledger import seal
 from gpt.pack import Packed
 from gpt.record import Run
-from gpt.score import Score
 from gpt.trainer import Trained
 from kernels import Ops
+
+LEAKING = ("LEAKING", "the weights were trained on the tokens that they are scored on: these scores are worth nothing")
 
 
 def header(config: Config, ops: Ops, ranks: Ranks, path: Path) -> str:
@@ -26,18 +28,25 @@ def header(config: Config, ops: Ops, ranks: Ranks, path: Path) -> str:
 
 
 def summarise(
-    run: Run, trained: Trained, packed: Packed, warmup_seconds: float, scores: dict[str, Score]
+    run: Run,
+    trained: Trained,
+    packed: Packed,
+    warmup_seconds: float,
+    pre_quant_seconds: float,
+    scores: dict[str, Any],
 ) -> dict[str, Any]:
-    """summary.json: everything the run ended with. Seconds on the clock are training and calibration."""
+    """summary.json: everything the run ended with. Seconds on the clock are training, fine-tuning and calibration."""
     config = run.config
     times = [entry["ms_per_step"] for entry in run.metrics() if entry.get("ms_per_step")]
-    return {
+    summary = {
         "run": run.path.name,
+        "leaking": config.leaking,
         "preset": config.preset,
         "seed": config.seed,
         "fingerprint": config.fingerprint(),
         "steps": trained.steps,
         "seconds": round(trained.seconds, 3),
+        "pre_quant_seconds": round(pre_quant_seconds, 3),
         "calibration_seconds": round(packed.seconds["calibrate"], 3),
         "cap_seconds": config.max_wallclock_seconds,
         "warmup_seconds": round(warmup_seconds, 3),
@@ -48,15 +57,16 @@ def summarise(
         else None,
         "train_loss": trained.train_loss if math.isfinite(trained.train_loss) else None,
         "depth": trained.depth,
-        "scores": {name: score.as_dict() for name, score in scores.items()},
+        "scores": scores,
         "artifact": packed.as_dict(),
     }
+    return seal(summary)
 
 
 def table(summary: dict[str, Any]) -> str:
     """The one table of a run."""
     scores, artifact = summary["scores"], summary["artifact"]
-    on_clock = summary["seconds"] + summary["calibration_seconds"]
+    on_clock = summary["seconds"] + summary["pre_quant_seconds"] + summary["calibration_seconds"]
     cap = summary["cap_seconds"]
     within = f", {'within' if on_clock <= cap else 'OVER'} the cap of {cap:g} s" if cap else ""
     over = artifact["total_nbytes"] - ARTIFACT_LIMIT
@@ -70,6 +80,11 @@ def table(summary: dict[str, Any]) -> str:
             ("ms a step", f"{summary['ms_per_step']:.1f}"),
             ("tokens/s", f"{summary['tokens_per_second']:,}"),
         ]
+    if "ema_pre_quant" in scores:
+        rows += [
+            ("fine-tuning on the clock", f"{summary['pre_quant_seconds']:.1f} s"),
+            ("BPB fine-tuned", f"{scores['ema_pre_quant']['bpb']:.4f}"),
+        ]
     rows += [
         ("BPB of EMA weights", f"{scores['ema']['bpb']:.4f}"),
         ("BPB of artifact, plain", f"{scores['artifact']['bpb']:.4f}"),
@@ -81,6 +96,9 @@ def table(summary: dict[str, Any]) -> str:
         ("limit", f"{ARTIFACT_LIMIT:,} bytes, {abs(over):,} {'OVER' if over > 0 else 'to spare'}"),
         ("artifact sha256", artifact["sha256"]),
     ]
+    if summary["leaking"]:
+        rows.insert(0, LEAKING)
+        rows.append(LEAKING)
     width = max(len(name) for name, _ in rows) + 2
     rule = "-" * (width + max(len(value) for _, value in rows))
     return "\n".join([rule, *(f"{name:{width}s}{value}" for name, value in rows), rule])

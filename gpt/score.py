@@ -1,18 +1,20 @@
 """Bits per byte of a model on the validation tokens: every token after the first exactly once.
 
-Windows of `context` tokens start every `stride` tokens. The first window scores all its targets, each later one its
-last `stride` targets, so a token is predicted from at least context - stride tokens before it, where there are as many.
-With stride == context the rows do not overlap: plain scoring. Smaller strides are sliding scoring. Documents need no
-care here: a model with a document mask finds their starts by itself, from BOS.
+Target i is token i + 1, predicted from tokens 0..i. Windows of `context` tokens start every `stride` tokens. The first
+window scores all its targets, each later one its last `stride` targets, so a token is predicted from at least
+context - stride tokens before it, where there are as many. With stride == context the rows do not overlap: plain
+scoring. Smaller strides are sliding scoring. Documents need no care here: a model with a document mask finds their
+starts by itself, from BOS. gpt/ttt.py scores in the same windows with weights that learn on the way.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from gpt.config import BOS
 from gpt.data import ByteTable, DataError, token_bytes
 from gpt.distributed import Ranks
+from gpt.ledger import Ledger, fingerprint, save, tokens_sha256
 from gpt.model import GPT
 
 Losses = Callable[[Tensor, Tensor, Sequence[int], tuple[Tensor, Tensor]], Tensor]
@@ -37,10 +40,15 @@ class Score:
     context: int
     stride: int
     seconds: float  # of scoring, without compiling
+    form: str  # plain, sliding, or one of gpt/ttt.py
+    ledger: Ledger = field(repr=False, compare=False)
+    log: Tensor = field(repr=False, compare=False)  # (tokens,) float32: nats of each target
+    settings: dict[str, float] = field(default_factory=dict)  # of test-time training
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """For a record, as JSON can hold it."""
-        return asdict(self) | {"bpb": self.bpb, "nats_per_token": self.nats_per_token}
+        names = ("nats", "tokens", "bytes", "context", "stride", "seconds", "form", "settings", "bpb", "nats_per_token")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def nats_per_token(self) -> float:
@@ -58,6 +66,10 @@ class ValidationText(NamedTuple):
     tokens: Tensor  # (count,) int32
     lengths: Tensor  # (count - 1,) int16: bytes of text of each token after the first
 
+    @property
+    def targets(self) -> int:
+        return self.lengths.numel()
+
 
 def validation_text(tokens: NDArray[np.uint16], table: ByteTable, device: torch.device) -> ValidationText:
     """Move (count,) tokens to a device and look up their bytes there.
@@ -73,7 +85,121 @@ def validation_text(tokens: NDArray[np.uint16], table: ByteTable, device: torch.
     return ValidationText(moved, lengths)
 
 
-@torch.no_grad()
+class TokenLog:
+    """Nats of every target on the device, and how often each was scored."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        # One place more, where padding goes: a mask would need a host synchronisation.
+        self.count = count
+        self.nats = torch.zeros(count + 1, device=device)
+        self.times = torch.zeros(count + 1, dtype=torch.uint8, device=device)
+
+    def put(self, targets: Tensor, valid: Tensor, nats: Tensor) -> None:
+        """Note the nats of the valid ones among targets; all three have one shape."""
+        place = torch.where(valid, targets, self.count).flatten()
+        self.nats.scatter_(0, place, nats.detach().float().flatten())
+        self.times.scatter_add_(0, place, torch.ones_like(place, dtype=torch.uint8))
+
+    def collect(self, ranks: Ranks) -> Tensor:
+        """(count,) nats, of all ranks together. Raises RuntimeError where a target was not scored exactly once."""
+        nats, times = self.nats[: self.count], self.times[: self.count].int()
+        ranks.all_reduce(nats)
+        ranks.all_reduce(times)
+        wrong = int((times != 1).sum())
+        if wrong:
+            raise RuntimeError(f"{wrong} of {self.count} targets were not scored once each")
+        return nats
+
+
+class Windows:
+    """Scores ranges of targets in windows, into a log; each rank takes windows in turn.
+
+    One forward pass has at most batch_tokens // context windows, padded, so that there is one shape to compile, and a
+    second one for the first window of sliding scoring. segment: targets of the longest range that will be asked for.
+    Raises ValueError where the stride is not one of 1..context.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        text: ValidationText,
+        depth: Sequence[int],
+        ranks: Ranks,
+        *,
+        context: int,
+        stride: int,
+        batch_tokens: int,
+        segment: int | None = None,
+        losses: Losses | None = None,
+    ) -> None:
+        if not 1 <= stride <= context:
+            raise ValueError(f"stride {stride}: wanted 1 to the context, {context}")
+        self.text, self.depth, self.ranks, self.context, self.stride = text, depth, ranks, context, stride
+        self.losses = losses or model.ops.graph(model.losses)
+        self.log = TokenLog(text.targets, ranks.device)
+        share = math.ceil(math.ceil((segment or text.targets) / stride) / ranks.world_size)
+        passes = math.ceil(share / max(1, batch_tokens // context))
+        self.rows = math.ceil(share / passes)  # with as little padding as can be
+        self.rotary = model.rotary(context)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile on a GPU, before the clock starts and not on validation tokens."""
+        if self.ranks.device.type != "cuda":
+            return
+        for scored in dict.fromkeys((self.context, self.stride)):
+            inputs, targets = (
+                torch.full((self.rows, size), BOS, device=self.ranks.device) for size in (self.context, scored)
+            )
+            self.losses(inputs, targets, self.depth, self.rotary)
+        torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def score(self, first: int, last: int) -> None:
+        """Score targets first..last-1; call on every rank, each scores its share.
+
+        Raises ValueError where the range begins inside of the first window: that one scores its targets all at once.
+        """
+        if first and first + self.stride < self.context:
+            raise ValueError(f"targets from {first} on: wanted 0, or at least {self.context - self.stride}")
+        whole = first == 0 and self.stride < self.context
+        if whole and self.ranks.main:
+            self._add([0], self.context, last)
+        groups = range(self.context if whole else first, last, self.stride)[self.ranks.rank :: self.ranks.world_size]
+        for begin in range(0, len(groups), self.rows):
+            self._add(groups[begin : begin + self.rows], self.stride, last)
+
+    def _add(self, groups: Sequence[int], scored: int, last: int) -> None:
+        """Score groups of targets, by their first; each is what its window ends with."""
+        count = self.text.targets
+        padding = [last] * (self.rows - len(groups))
+        index = torch.tensor([*groups, *padding]).to(self.ranks.device, non_blocking=True)[:, None]
+        ahead = torch.arange(self.context, device=self.ranks.device)
+        targets = index + ahead[:scored]
+        # Whatever is read instead of what lies past the end comes after every scored position: causality hides it.
+        inputs = self.text.tokens[(index + scored - self.context + ahead).clamp_max(count)].long()
+        nats = self.losses(inputs, self.text.tokens[(targets + 1).clamp_max(count)].long(), self.depth, self.rotary)
+        self.log.put(targets, targets < last, nats)
+
+
+def finished(
+    log: TokenLog,
+    ledger: Ledger,
+    text: ValidationText,
+    ranks: Ranks,
+    context: int,
+    stride: int,
+    form: str,
+    begin: float,
+    settings: Mapping[str, float] | None = None,
+) -> Score:
+    """The score that a log amounts to, on every rank; closes the ledger. begin: time.perf_counter() at the start."""
+    nats_of = log.collect(ranks)
+    nats, size = ledger.close(nats_of, text.lengths)
+    seconds = time.perf_counter() - begin
+    return Score(nats, text.targets, size, context, stride, seconds, form, ledger, nats_of, dict(settings or {}))
+
+
 def score(
     model: GPT,
     text: ValidationText,
@@ -85,54 +211,36 @@ def score(
     batch_tokens: int,
     losses: Losses | None = None,
 ) -> Score:
-    """Score `text`; call on every rank, each gets the whole result.
+    """Score `text` with the weights as they are; call on every rank, each gets the whole result.
 
-    Ranks take windows in turn and sums are float64. One forward pass has batch_tokens // context windows, padded, so
-    that there is one shape to compile, and a second one for the first window of sliding scoring. losses: what stands
-    for model.losses; by default it is compiled as model.ops say. Raises ValueError where the stride is not one of
-    1..context.
+    losses: what stands for model.losses; by default it is compiled as model.ops say. Raises ValueError where the
+    stride is not one of 1..context.
     """
-    if not 1 <= stride <= context:
-        raise ValueError(f"stride {stride}: wanted 1 to the context, {context}")
-    losses = losses or model.ops.graph(model.losses)
-    count = text.tokens.numel()
-    windows = 1 + math.ceil(max(0, count - 1 - context) / stride)
-    share = math.ceil(windows / ranks.world_size)
-    rows = max(1, min(batch_tokens // context, share))
-    rotary = model.rotary(context)
-    ahead = torch.arange(context, device=ranks.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # nats, tokens, bytes
-
-    def add(indices: Sequence[int], scored: int) -> None:
-        """Score the last `scored` targets of these windows."""
-        padding = [windows] * (rows - len(indices))  # starts where nothing is left to score
-        index = torch.tensor([*indices, *padding]).to(ranks.device, non_blocking=True)
-        positions = (index * stride)[:, None] + ahead  # of inputs; the target of each is the next
-        # Whatever is read instead of what lies past the end comes after every scored position: causality hides it.
-        inputs = text.tokens[positions.clamp_max(count - 1)].long()
-        targets = positions[:, context - scored :]
-        valid = (targets < count - 1) & (index < windows)[:, None]
-        targets = targets.clamp_max(count - 2)
-        nats = losses(inputs, text.tokens[targets + 1].long(), depth, rotary)
-        sums[0] += torch.where(valid, nats.double(), 0.0).sum()
-        sums[1] += valid.sum()
-        sums[2] += torch.where(valid, text.lengths[targets], 0).sum()
-
-    shapes = dict.fromkeys([context] * (ranks.rank == 0) + [stride] * (windows > 1))
-    if ranks.device.type == "cuda":
-        for scored in shapes:  # compile before the clock starts, and not on validation tokens
-            inputs, targets = (torch.full((rows, size), BOS, device=ranks.device) for size in (context, scored))
-            losses(inputs, targets, depth, rotary)
-        torch.cuda.synchronize()
+    windows = Windows(
+        model, text, depth, ranks, context=context, stride=stride, batch_tokens=batch_tokens, losses=losses
+    )
+    windows.warm_up()
     begin = time.perf_counter()
-    mine = range(ranks.rank, windows, ranks.world_size)
-    if stride < context and ranks.rank == 0:
-        add(mine[:1], context)
-        mine = mine[1:]
-    for first in range(0, len(mine), rows):
-        add(mine[first : first + rows], stride)
-    ranks.all_reduce(sums)
-    nats, tokens, size = sums.tolist()
-    if tokens != count - 1:
-        raise RuntimeError(f"{tokens:.0f} targets were scored, wanted each of {count - 1} once")
-    return Score(nats, int(tokens), int(size), context, stride, time.perf_counter() - begin)
+    windows.score(0, text.targets)
+    ledger = Ledger(fingerprint(model.parameters()))
+    ledger.scored_in_lines(0, text.targets, ledger.base)
+    form = "plain" if stride == context else "sliding"
+    return finished(windows.log, ledger, text, ranks, context, stride, form, begin)
+
+
+def record_scores(
+    path: Path, scores: Mapping[str, Score], text: ValidationText, artifact: Mapping[str, str | None], leaking: bool
+) -> dict[str, Any]:
+    """The entry "scores" of the record that `path` will hold; writes their ledgers beside it.
+
+    artifact: SHA-256 of the one that each score is of, or None; leaking: Config.leaking.
+    """
+    shards = tokens_sha256(text.tokens.cpu().numpy().astype(np.uint16))
+    entries: dict[str, Any] = {}
+    for name, score in scores.items():
+        names = ("form", "context", "stride", "nats", "tokens", "bytes")
+        header = {key: getattr(score, key) for key in names} | {"artifact": artifact[name], "shards": shards}
+        file = path.with_name(f"{path.stem}-{name}.ledger.gz")
+        kept = save(file, header | {"leaking": leaking, "settings": score.settings}, score.ledger)
+        entries[name] = score.as_dict() | {"leaking": leaking, "ledger": kept}
+    return entries

@@ -25,7 +25,16 @@ import torch
 
 from gpt import data, prepare
 from gpt.config import BOS, ROOT, Config, ConfigError, build_config
-from gpt.data import BatchSource, DataError, Tokenizer, TrainLoader, calibration_batches, open_shard, write_shard
+from gpt.data import (
+    BatchSource,
+    DataError,
+    Tokenizer,
+    TrainLoader,
+    calibration_batches,
+    held_out_rows,
+    open_shard,
+    write_shard,
+)
 from gpt.tokenizer import token_bytes, train_tokenizer
 
 SAMPLE = ROOT / "data/sample"
@@ -374,6 +383,20 @@ def test_calibration_batches(folder: Path) -> None:
             assert own == whole[rank::world_size]
     with pytest.raises(DataError, match="55 rows of 8 tokens to calibrate with, wanted 19 batches of 3"):
         next(calibration_batches(config, 19, 0, 1, "cpu"))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_held_out_rows_are_in_no_batch(folder: Path, order: str) -> None:
+    config = settings(folder, train_order=order, pre_quant="train", pre_quant_rows=5)
+    held = held_out_rows(config, torch.device("cpu"))
+    assert held.tolist() == [list(range(409 + SEQ * row, 409 + SEQ * row + SEQ + 1)) for row in range(5)]
+    source = BatchSource(config, 0, 1)
+    seen = {int(token) for step in range(30) for token in source.batch(step, 0).ravel()}
+    assert max(seen) < 409
+    assert len(seen) > 380
+    assert all(int(batch.max()) < 409 for batch in calibration_batches(config, 5, 0, 1, "cpu"))
+    with pytest.raises(DataError, match="150 tokens, wanted more than the 161 held out"):
+        BatchSource(settings(folder, pre_quant="train", pre_quant_rows=20), 0, 1)
 
 
 # Text to shards.

@@ -64,11 +64,57 @@ def test_score(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFi
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["--data-path", str(data), "--plain", "--device", "cpu", "--json", str(tmp_path / "two.json")]
+    options += ["--ttt", "document,rank=2,tokens=16"]
     command = [*torchrun, "quantize.py", "score", str(path), *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["world_size"] == 2
     assert two["scores"]["plain"]["nats"] == pytest.approx(plain["nats"], rel=1e-6)
+    assert run("audit", tmp_path / "two.json", "--artifact", path, "--data-path", data) == 0
+
+
+def test_test_time_training_is_audited(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = made
+    forms = ("chunk,tokens=256", "document,rank=2,tokens=16", "phased,documents=2,phases=1")
+    options = [option for form in forms for option in ("--ttt", form)]
+    assert run("score", path, "--data-path", data, "--sliding", *options, "--json", tmp_path / "s.json") == 0
+    record = json.loads((tmp_path / "s.json").read_text())
+    names = ["sliding", "chunk-tokens256", "document-rank2-tokens16", "phased-documents2-phases1"]
+    assert list(record["scores"]) == names
+    assert record["scores"]["chunk-tokens256"]["settings"]["lr"] == 0.005
+    capsys.readouterr()
+    assert run("audit", tmp_path / "s.json", "--artifact", path, "--data-path", data) == 0
+    printed = capsys.readouterr().out
+    assert "chunk-tokens256: fair. 8 versions of the weights, 1,792 tokens trained some; 15 lines" in printed
+    assert run("audit", tmp_path / "s.json") == 0
+    assert "not compared" in capsys.readouterr().out
+    other = tmp_path / "other"
+    other.mkdir()
+    write_shard(other / "fineweb_val_000000.bin", open_shard(val_shards(data)[0])[:1500])
+    assert run("audit", tmp_path / "s.json", "--artifact", path, "--data-path", other) == 2
+    assert "2000 tokens, the shards have 1499 to score" in capsys.readouterr().err
+
+
+def test_preflight(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("preflight", made[0]) == 0
+    printed = capsys.readouterr().out
+    assert "all checks passed" in printed
+    for name in ("imports", "size", "not leaking", "builds", "forward", "distribution", "BOS is clean"):
+        assert f"ok      {name}" in printed
+    for form in ("plain", "sliding", "chunk", "document", "phased"):
+        assert f"ok      causal: {form}" in printed
+
+
+def test_preflight_refuses_a_leak(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = artifact.load(made[0])
+    config = other.config.model_copy(update={"pre_quant": "validation", "allow_leak": True})
+    artifact.save(tmp_path / "leak.pga", artifact.serialise(config, other.depth, TOKENIZER.sha256, other.tensors))
+    assert run("preflight", tmp_path / "leak.pga") == 1
+    printed = capsys.readouterr().out
+    assert "FAILED  not leaking" in printed
+    assert "NOT FIT TO SUBMIT" in printed
 
 
 def test_sample_is_decided_by_the_seed(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +140,9 @@ def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: py
         (("score", path, "--data-path", tmp_path), "no fineweb_val_"),
         (("score", path, "--data-path", data, "--context", "8", "--stride", "9"), "wanted stride <= context"),
         (("score", path, "--kernels", "magic"), "magic"),
+        (("score", path, "--ttt", "chunk,rank=3"), "chunk has no 'rank'"),
+        (("audit", tmp_path / "none.json"), "no record of scores"),
+        (("report", tmp_path), "is not a run's folder"),
         (("score", path, "--json", tmp_path / "none/score.json"), "folder does not exist"),
     ):
         assert run(*arguments) == 2

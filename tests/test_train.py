@@ -20,6 +20,7 @@ import pytest
 from gpt.artifact import load
 from gpt.config import ROOT
 from gpt.data import open_shard, write_shard
+from gpt.ledger import seal
 
 SAMPLE = ROOT / "data/sample"
 # A model small enough for a test, by the seed's own environment names.
@@ -110,6 +111,10 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
         "curves.png",
         "model.pga",
         "summary.json",
+        "summary-ema.ledger.gz",
+        "summary-artifact.ledger.gz",
+        "summary-artifact_sliding.ledger.gz",
+        "report.html",
         "lock",
     }
     summary = json.loads((run / "summary.json").read_text())
@@ -150,6 +155,57 @@ def test_the_artifact_alone_scores_what_the_run_scored(whole: tuple[Path, str], 
     scores = json.loads((run / "summary.json").read_text())["scores"]
     for text in (f"{scores['artifact']['bpb']:.4f}", f"{scores['artifact_sliding']['bpb']:.4f}"):
         assert text in done.stdout
+
+
+def test_a_run_is_audited_and_shown(whole: tuple[Path, str], data: Path) -> None:
+    run, _ = whole
+    done = quantize("audit", run, "--data-path", data)
+    assert done.returncode == 0, done.stderr
+    assert "artifact_sliding: fair. 1 versions of the weights, 0 tokens trained some" in done.stdout
+    assert "shards    the ones that were scored" in done.stdout
+    page = (run / "report.html").read_text()
+    scores = json.loads((run / "summary.json").read_text())["scores"]
+    shown = [f"{score['bpb']:.5f}" for score in scores.values()]
+    for text in (*shown, "<polyline", "histogram of", "consistent", "preset sample", "model_dim"):
+        assert text in page
+    assert "LEAKING" not in page
+    assert not re.search(r"(src|href)=|https?://|<script", page)
+
+
+def test_a_leaking_run_says_so_everywhere(data: Path, tmp_path: Path) -> None:
+    leak = {"PRE_QUANT": "validation", "ALLOW_LEAK": "1", "PRE_QUANT_EPOCHS": "1"}
+    done = train(small(data, tmp_path, "leak", **leak))
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "leak"
+    assert done.stdout.count("LEAKING") == 2
+    assert "LEAKING" in (run / "report.html").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["leaking"]
+    assert all(score["leaking"] for score in summary["scores"].values())
+    assert summary["scores"]["ema_pre_quant"]["bpb"] < summary["scores"]["ema"]["bpb"]
+    assert load(run / "model.pga").config.leaking
+    done = quantize("audit", run)
+    assert done.returncode == 2
+    assert "worth nothing" in done.stderr
+    done = quantize("score", run / "model.pga", "--data-path", data, "--plain", "--json", tmp_path / "score.json")
+    assert "LEAKING" in done.stdout
+    assert json.loads((tmp_path / "score.json").read_text())["leaking"]
+    # Edited and sealed again, it is still the artifact's word against the record's.
+    summary["leaking"] = False
+    for score in summary["scores"].values():
+        score["leaking"] = False
+    (run / "summary.json").write_text(json.dumps(seal(summary)))
+    done = quantize("audit", run)
+    assert done.returncode == 2
+    assert "the artifact says True" in done.stderr
+
+
+def test_fine_tuning_on_held_out_rows_is_fair(data: Path, tmp_path: Path) -> None:
+    done = train(small(data, tmp_path, "held", PRE_QUANT="train", PRE_QUANT_ROWS="24", PRE_QUANT_EPOCHS="2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "BPB fine-tuned" in done.stdout
+    assert "LEAKING" not in done.stdout
+    assert quantize("audit", tmp_path / "held").returncode == 0
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -67,6 +67,7 @@ class Meeting:
 
     world_size: int
     sums: list[Tensor] = field(default_factory=list)
+    values: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.world_size)
@@ -86,3 +87,11 @@ class ThreadRanks(Ranks):
             meeting.sums.clear()
         meeting.barrier.wait()
         return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        meeting: Meeting = self.meeting  # type: ignore[attr-defined]
+        meeting.values[self.rank] = value
+        meeting.barrier.wait()
+        values = [meeting.values[rank] for rank in range(self.world_size)]
+        meeting.barrier.wait()
+        return values

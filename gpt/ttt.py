@@ -1,0 +1,509 @@
+"""Test-time training: scoring with weights that learn from what they have scored. Three forms, all score first.
+
+    chunk      the stream in chunks: score one, then train all weights on it by SGD (pull requests 461 and 1413)
+    document   each document with an adapter of its own, low-rank changes of K, O and MLP matrices, that starts from
+               nothing: score a piece of the document, then train on it; documents run side by side (pull request 1530)
+    phased     the stream cut behind some documents: score a part, then train all weights on everything scored so far
+               (pull requests 1610 and 1626)
+
+The weights that score a token depend on tokens before it alone, and on how many tokens there are in all. The last part
+of the stream, or of a document, trains nothing. Every scoring and training is a line of the ledger (gpt/ledger.py).
+Kernels are compiled on random tokens. Afterwards the model has its weights back.
+
+`pre_quant` trains before the model is quantised: on training rows held out for it or, as the seed did, on the
+validation tokens themselves, which leaks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt.config import BOS, Config, ConfigError
+from gpt.data import held_out_rows, load_validation, rows_of
+from gpt.distributed import Ranks
+from gpt.ledger import Ledger, fingerprint
+from gpt.model import BANKS, GPT
+from gpt.score import Score, TokenLog, ValidationText, Windows, finished
+from kernels import select
+
+
+@dataclass(frozen=True)
+class SGD:
+    """How all weights are trained."""
+
+    lr: float = 0.005
+    momentum: float = 0.9
+    epochs: int = 3
+    clip: float = 1.0  # largest norm of the gradient; 0 for none
+    rows: int = 16  # of `context` tokens in one step, all ranks together
+
+
+@dataclass(frozen=True)
+class Chunk(SGD):
+    """The learning rate is a cosine over the chunks, constant in each."""
+
+    name: ClassVar = "chunk"
+    tokens: int = 32_768
+
+
+@dataclass(frozen=True)
+class Phased(SGD):
+    """The learning rate is a cosine over the steps of each phase."""
+
+    name: ClassVar = "phased"
+    lr: float = 0.001
+    epochs: int = 1
+    phases: int = 3
+    documents: int = 2000  # behind which the last phase comes; the others evenly before it
+
+
+@dataclass(frozen=True)
+class Document:
+    """Adam on an adapter W + scale * B A for each document; A starts random, B zero."""
+
+    name: ClassVar = "document"
+    tokens: int = 64  # of a piece
+    rank: int = 96
+    scale: float = 1.5
+    lr: float = 1e-4
+    beta1: float = 0.0
+    beta2: float = 0.999
+    documents: int = 32  # side by side on one rank
+    seed: int = 0
+
+
+Form = Chunk | Document | Phased
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+FORMS: dict[str, type[Form]] = {form.name: form for form in (Chunk, Document, Phased)}
+
+
+def parse_form(text: str) -> Form:
+    """ "chunk" or "chunk,lr=0.01,epochs=2". Raises ConfigError where a form, setting or value is none."""
+    name, *settings = text.split(",")
+    if name not in FORMS:
+        raise ConfigError(f"ttt={text}: {name!r} is not one of {', '.join(FORMS)}")
+    form = FORMS[name]()
+    known = {field.name: type(getattr(form, field.name)) for field in fields(form)}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            raise ConfigError(f"ttt={text}: {name} has no {key!r}; wanted one of {', '.join(known)}")
+        try:
+            number = known[key](value)
+            low = 0 if key in ("lr", "momentum", "clip", "beta1", "beta2", "seed", "scale") else 1
+            if not low <= number < (1 if key in ("momentum", "beta1", "beta2") else math.inf):
+                raise ValueError
+        except ValueError:
+            raise ConfigError(f"ttt={text}: {key}={value!r} is no {known[key].__name__} in its range") from None
+        form = replace(form, **{key: number})
+    return form
+
+
+def adapt(
+    model: GPT,
+    text: ValidationText,
+    depth: Sequence[int],
+    ranks: Ranks,
+    form: Form,
+    *,
+    context: int,
+    stride: int,
+    batch_tokens: int,
+) -> Score:
+    """Score `text` with test-time training; call on every rank, each gets the whole result.
+
+    chunk and phased score in windows of `context` and `stride`, document in windows of at most `context`. Raises
+    ConfigError where a chunk is shorter than the context, or a piece of a document longer.
+    """
+    if isinstance(form, Document):
+        return _documents(model, text, depth, ranks, form, context)
+    return _stream(model, text, depth, ranks, form, context, stride, batch_tokens)
+
+
+# All weights, over the stream.
+
+
+class _Trainer:
+    """SGD on all weights of a model, on rows of `context` targets of the text."""
+
+    def __init__(
+        self,
+        model: GPT,
+        text: ValidationText,
+        depth: Sequence[int],
+        ranks: Ranks,
+        form: SGD,
+        context: int,
+        batch_tokens: int,
+    ) -> None:
+        self.text, self.depth, self.ranks, self.form, self.context = text, depth, ranks, form, context
+        self.weights: list[Tensor] = list(model.parameters())
+        self.micro = max(1, batch_tokens // context)
+        self.loss = model.ops.graph(model)
+        self.rotary = model.rotary(context)
+        self.optimizer = torch.optim.SGD(self.weights, form.lr, form.momentum)
+        self.vocab_size = model.config.vocab_size
+
+    def warm_up(self) -> None:
+        """Compile on a GPU, on random tokens: gradients are thrown away."""
+        if self.ranks.device.type != "cuda":
+            return
+        shape = (min(self.micro, self.form.rows), self.context)
+        tokens, targets = (torch.randint(self.vocab_size, shape, device=self.ranks.device) for _ in range(2))
+        self.loss(tokens, targets, self.depth, self.rotary).backward()
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize()
+
+    def train(self, first: int, last: int, lr: float, decay: bool) -> int:
+        """Train on targets from `first` on, whole rows only; with `decay`, the rate falls as a cosine over the steps.
+
+        Returns the target after the last one that was trained on.
+        """
+        rows = (last - first) // self.context
+        steps = [range(begin, min(begin + self.form.rows, rows)) for begin in range(0, rows, self.form.rows)]
+        steps *= self.form.epochs
+        for number, step in enumerate(steps):
+            self._step([first + row * self.context for row in step], lr * _cosine(number / len(steps)) if decay else lr)
+        return first + rows * self.context
+
+    def _step(self, rows: list[int], lr: float) -> None:
+        ahead = torch.arange(self.context + 1, device=self.ranks.device)
+        tokens = self.text.tokens[torch.tensor(rows, device=self.ranks.device)[:, None] + ahead]
+        _mean_gradient(self.loss, self.weights, tokens, self.depth, self.rotary, self.ranks, self.micro)
+        if self.form.clip:
+            torch.nn.utils.clip_grad_norm_(self.weights, self.form.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+
+def _mean_gradient(
+    loss_of: Callable[..., Tensor],
+    weights: list[Tensor],
+    rows: Tensor,  # (N, T + 1)
+    depth: Sequence[int],
+    rotary: tuple[Tensor, Tensor],
+    ranks: Ranks,
+    micro: int,
+) -> Tensor:
+    """Set the gradient to that of the mean loss over rows, of which each rank takes a share; returns the loss, ()."""
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    total = torch.zeros((), device=rows.device)
+    for part in rows[ranks.rank :: ranks.world_size].long().split(micro):
+        if part.numel():
+            loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous(), depth, rotary)
+            loss = loss * (part.size(0) / rows.size(0))
+            loss.backward()
+            total += loss.detach()
+    if ranks.world_size > 1:
+        flat = ranks.all_reduce(torch.cat([total.view(1), *(gradient.flatten() for gradient in gradients)]))
+        total = flat[0]
+        for gradient, mean in zip(gradients, flat[1:].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+    return total
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _borders(form: Chunk | Phased, text: ValidationText, context: int) -> list[int]:
+    """Ends of the parts of the stream, behind each of which but the last is trained."""
+    if isinstance(form, Chunk):
+        if form.tokens < context:
+            raise ConfigError(f"chunks of {form.tokens} tokens: wanted at least the context, {context}")
+        return [*range(form.tokens, text.targets, form.tokens), text.targets]
+    starts = (text.tokens == BOS).nonzero().flatten()[1:].tolist()  # of documents after the first
+    wanted = (form.documents * (phase + 1) // form.phases - 1 for phase in range(form.phases))
+    cuts = {starts[index] for index in wanted if 0 <= index < len(starts)}
+    return [*(cut for cut in sorted(cuts) if context <= cut < text.targets), text.targets]
+
+
+def _stream(
+    model: GPT,
+    text: ValidationText,
+    depth: Sequence[int],
+    ranks: Ranks,
+    form: Chunk | Phased,
+    context: int,
+    stride: int,
+    batch_tokens: int,
+) -> Score:
+    ends = _borders(form, text, context)
+    starts = [0, *ends[:-1]]
+    longest = max(end - start for start, end in zip(starts, ends, strict=True))
+    windows = Windows(
+        model, text, depth, ranks, context=context, stride=stride, batch_tokens=batch_tokens, segment=longest
+    )
+    weights = list(model.parameters())
+    saved = [(weight.detach().clone(), weight.requires_grad) for weight in weights]
+    try:
+        model.requires_grad_(True)
+        trainer = _Trainer(model, text, depth, ranks, form, context, batch_tokens)
+        windows.warm_up()
+        trainer.warm_up()
+        begin = time.perf_counter()
+        ledger = Ledger(fingerprint(weights))
+        version = ledger.base
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            windows.score(start, end)
+            ledger.scored_in_lines(start, end, version)
+            if end == text.targets:
+                break
+            if isinstance(form, Chunk):
+                factor, first = _cosine(number / (len(ends) - 1)), start
+            else:
+                factor, first = 1.0, 0
+            last = trainer.train(first, end, form.lr * factor, decay=isinstance(form, Phased))
+            version = ledger.trained(first, last, version, int(fingerprint(weights)))
+        return finished(windows.log, ledger, text, ranks, context, stride, form.name, begin, asdict(form))
+    finally:
+        with torch.no_grad():
+            for weight, (value, trainable) in zip(weights, saved, strict=True):
+                weight.copy_(value)
+                weight.requires_grad_(trainable)
+                weight.grad = None
+
+
+# An adapter a document.
+
+
+class _Losses(nn.Module):
+    """model.losses as a module's forward, which functional_call wants."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, depth: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return self.model.losses(tokens, targets, depth, rotary)
+
+
+class _Adapters:
+    """A model with an adapter for each of n documents: rows of one batch go through weights of their own.
+
+    The plain form: every document's whole matrices W + B A are made, and the model itself runs under vmap. Each bank
+    has pairs A (n, matrices, rank, columns), B (n, matrices, rows, rank).
+    """
+
+    def __init__(self, model: GPT, depth: Sequence[int], form: Document) -> None:
+        # Every row is of one document and the batch dimension is vmap's own: no mask, and ops that vmap can read.
+        config = model.config.model_copy(update={"document_mask": False})
+        device = model.tok_emb.device
+        with torch.device("meta"):
+            plain = GPT(config, select("reference", device), model.dtype)
+        plain.load_state_dict({name: value.detach() for name, value in model.state_dict().items()}, assign=True)
+        self.losses, self.depth, self.form = _Losses(plain.requires_grad_(False)), depth, form
+        layers = config.num_layers
+        # Matrices of each bank that learn: keys (without queries and values), output projections, the whole MLP.
+        self.parts = {
+            "kv_bank": slice(0, layers),
+            "qo_bank": slice(layers, 2 * layers),
+            "mlp_up_bank": slice(None),
+            "mlp_down_bank": slice(None),
+        }
+        self.banks = {name: getattr(plain, name) for name in BANKS}
+        generator = torch.Generator().manual_seed(form.seed)
+        self.start = {}
+        for name, part in self.parts.items():
+            count, rows, columns = self.banks[name][part].shape
+            a = torch.randn(count, form.rank, columns, generator=generator) * columns**-0.5
+            self.start[f"{name}.a"], self.start[f"{name}.b"] = (
+                a.to(device),
+                torch.zeros(count, rows, form.rank).to(device),
+            )
+        self._score = vmap(self._nats, in_dims=(0, 0, 0, None))
+        self._train = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, None))
+        # The CPU's fused attention has no rule for vmap.
+        self._attention = [SDPBackend.MATH] if device.type == "cpu" else list(FUSED)
+
+    def _nats(
+        self, adapter: dict[str, Tensor], tokens: Tensor, targets: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """(N,) nats of the last targets of one row (T,)."""
+        weights = {}
+        for name, part in self.parts.items():
+            bank, change = self.banks[name], adapter[f"{name}.b"] @ adapter[f"{name}.a"]
+            whole = bank[part] + self.form.scale * change
+            begin, end, _ = part.indices(bank.size(0))
+            weights[f"model.{name}"] = torch.cat((bank[:begin], whole, bank[end:]))
+        arguments = (tokens[None], targets[None], self.depth, rotary)
+        nats: Tensor = functional_call(self.losses, weights, arguments)[0]
+        return nats
+
+    def _loss(
+        self, adapter: dict[str, Tensor], tokens: Tensor, targets: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        nats = self._nats(adapter, tokens, targets, rotary)
+        return nats.mean(), nats.detach()
+
+    def run(
+        self, text: ValidationText, documents: list[tuple[int, int]], context: int, log: TokenLog, ledger: Ledger
+    ) -> None:
+        """Score documents, given as ranges of targets, those with more pieces first; a piece trains once scored."""
+        form, size = self.form, self.form.tokens
+        rotary_of = self.losses.model.rotary
+        device = text.tokens.device
+        adapters = {name: value.expand(len(documents), *value.shape).clone() for name, value in self.start.items()}
+        first_moment, second_moment = (
+            {name: torch.zeros_like(value) for name, value in adapters.items()} for _ in range(2)
+        )
+        versions = [ledger.base] * len(documents)
+        begins = torch.tensor([begin for begin, _ in documents], device=device)[:, None]
+        ends = torch.tensor([end for _, end in documents], device=device)[:, None]
+        pieces = [-(-(end - begin) // size) for begin, end in documents]
+        for piece in range(pieces[0]):
+            scored = sum(count > piece for count in pieces)
+            trained = sum(count > piece + 1 for count in pieces)
+            # A row ends with the piece and begins with its document, or `context` before the row's end.
+            offset = max(0, (piece + 1) * size - context)
+            ahead = torch.arange(offset, (piece + 1) * size, device=device)
+            inputs = text.tokens[(begins[:scored] + ahead).clamp_max(text.targets)].long()
+            targets = begins[:scored] + ahead[-size:]
+            wanted = text.tokens[(targets + 1).clamp_max(text.targets)].long()
+            rotary = rotary_of(ahead.numel())
+            nats = torch.empty(targets.shape, device=device)
+            if scored > trained:  # the last piece of these
+                rest = {name: value[trained:scored] for name, value in adapters.items()}
+                with sdpa_kernel(self._attention):
+                    nats[trained:] = self._score(rest, inputs[trained:], wanted[trained:], rotary).float()
+            if trained:
+                learning = {name: value[:trained] for name, value in adapters.items()}
+                with sdpa_kernel(self._attention):
+                    gradients, (_, found) = self._train(learning, inputs[:trained], wanted[:trained], rotary)
+                nats[:trained] = found.float()
+            log.put(targets, targets < ends[:scored], nats)
+            for index in range(scored):
+                begin = documents[index][0] + piece * size
+                ledger.scored(begin, min(begin + size, documents[index][1]), versions[index])
+            if not trained:
+                continue
+            for name, gradient in gradients.items():  # Adam
+                m, v = first_moment[name][:trained], second_moment[name][:trained]
+                m.lerp_(gradient, 1 - form.beta1)
+                v.lerp_(gradient.square(), 1 - form.beta2)
+                step = m / (1 - form.beta1 ** (piece + 1))
+                scale = (v / (1 - form.beta2 ** (piece + 1))).sqrt_().add_(1e-8)
+                adapters[name][:trained] -= form.lr * step / scale
+            prints = fingerprint([value[:trained] for value in adapters.values()], batched=True).tolist()
+            for index, print_of_weights in enumerate(prints):
+                begin = documents[index][0] + piece * size
+                versions[index] = ledger.trained(begin, begin + size, versions[index], print_of_weights)
+
+
+def documents_of(text: ValidationText) -> list[tuple[int, int]]:
+    """Ranges of targets that are predicted from each document; the next one's BOS is the last of them."""
+    starts = (text.tokens == BOS).nonzero().flatten().tolist()
+    edges = sorted({0, *starts, text.targets} - {text.targets + 1})
+    return [(begin, end) for begin, end in itertools.pairwise(edges) if begin < end]
+
+
+@torch.no_grad()
+def _documents(
+    model: GPT,
+    text: ValidationText,
+    depth: Sequence[int],
+    ranks: Ranks,
+    form: Document,
+    context: int,
+) -> Score:
+    if form.tokens > context:
+        raise ConfigError(f"pieces of {form.tokens} tokens: wanted at most the context, {context}")
+    documents = sorted(documents_of(text), key=lambda d: d[0] - d[1])
+    adapters = _Adapters(model, depth, form)
+    log = TokenLog(text.targets, ranks.device)
+    if ranks.device.type == "cuda":  # allocate and tune, on random tokens
+        size = 2 * context
+        tokens = torch.randint(model.config.vocab_size, (size + 1,), device=ranks.device, dtype=torch.int32)
+        noise = ValidationText(tokens, torch.ones(size, dtype=torch.int16, device=ranks.device))
+        # Each is the same noise; what the log and the ledger of it say is thrown away.
+        adapters.run(
+            noise, [(0, size)] * form.documents, context, TokenLog(size, ranks.device), Ledger(torch.tensor(0))
+        )
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    ledger = Ledger(fingerprint(model.parameters()))
+    batches = [documents[i : i + form.documents] for i in range(0, len(documents), form.documents)]
+    for batch in batches[ranks.rank :: ranks.world_size]:
+        adapters.run(text, batch, context, log, ledger)
+    ledger.lines = [line for lines in ranks.gather(ledger.lines) for line in lines]
+    return finished(log, ledger, text, ranks, context, form.tokens, form.name, begin, asdict(form))
+
+
+# Before quantising.
+
+
+def freeze_first(model: GPT) -> None:
+    """Drop the gradient of the first physical layer: its vectors and its matrices, which are slices of the banks."""
+    layers = model.config.num_layers
+    for name, weight in model.named_parameters():
+        if weight.grad is None or name in ("tok_emb", "smear_gate", "skip_weights", "skip_gates"):
+            continue
+        weight.grad[:: layers if name in ("qo_bank", "kv_bank") else weight.size(0)] = 0
+
+
+def pre_quant(model: GPT, depth: Sequence[int], ranks: Ranks, config: Config) -> float:
+    """Fine-tune the model as config.pre_quant says, before it is quantised; returns the seconds it took, 0 for none."""
+    if config.pre_quant == "none":
+        return 0.0
+    begin = time.perf_counter()
+    if config.pre_quant == "train":
+        rows = held_out_rows(config, ranks.device)
+    else:
+        tokens = torch.from_numpy(load_validation(config.data_path, config.vocab_size).astype(np.int32))
+        rows = rows_of(tokens.to(ranks.device), config.train_seq_len)
+    fine_tune(model, rows, depth, ranks, config)
+    return time.perf_counter() - begin
+
+
+def fine_tune(
+    model: GPT, rows: Tensor, depth: Sequence[int], ranks: Ranks, config: Config, *, batch: int = 32
+) -> tuple[float, float]:
+    """AdamW on rows (N, T + 1) of tokens; returns the first and the last step's loss.
+
+    Cosine over epochs to a tenth of the rate, norm of the gradient at most 1, `batch` rows a step and rank, the first
+    layer as it is. With pre_quant_soup above 1: the mean of so many models, each trained on 80% of the rows.
+    """
+    context = rows.size(1) - 1
+    loss_of, rotary = model.ops.graph(model), model.rotary(context)
+    weights: list[Tensor] = list(model.parameters())
+    start = [weight.detach().clone() for weight in weights]
+    total = [torch.zeros_like(weight) for weight in start]
+    generator = torch.Generator().manual_seed(config.seed)
+    micro = max(1, config.micro_batch_tokens // context)
+    losses: list[Tensor] = []
+    for _ in range(config.pre_quant_soup):
+        with torch.no_grad():
+            torch._foreach_copy_(weights, start)
+        kept = torch.randperm(rows.size(0), generator=generator)
+        kept = kept[: math.ceil(0.8 * rows.size(0))] if config.pre_quant_soup > 1 else kept
+        optimizer = torch.optim.AdamW(weights, config.pre_quant_lr, weight_decay=0.0)
+        for epoch in range(config.pre_quant_epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = config.pre_quant_lr * (0.1 + 0.9 * _cosine(epoch / config.pre_quant_epochs))
+            kept = kept[torch.randperm(kept.numel(), generator=generator)]
+            for step in kept.split(batch * ranks.world_size):
+                rows_of = rows[step.to(rows.device)]
+                losses.append(_mean_gradient(loss_of, weights, rows_of, depth, rotary, ranks, micro))
+                freeze_first(model)
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+        torch._foreach_add_(total, [weight.detach() for weight in weights], alpha=1 / config.pre_quant_soup)
+    with torch.no_grad():
+        torch._foreach_copy_(weights, total)
+    for weight in weights:
+        weight.grad = None
+    return float(losses[0]), float(losses[-1])
