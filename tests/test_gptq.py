@@ -31,6 +31,8 @@ from gpt.gptq import (
 from gpt.model import BANKS
 from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def correlated(matrices: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Weights (N, rows, columns) and Hessians (N, columns, columns) of inputs that share a few directions."""

@@ -30,6 +30,8 @@ from gpt.ttt import adapt, parse_form
 from tests.test_score import text_of
 from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT = 400
 TOKENS = random_tokens(COUNT, 64).numpy().astype(np.uint16)
 TEXT = text_of(torch.from_numpy(TOKENS.astype(np.int64)))

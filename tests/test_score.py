@@ -15,6 +15,8 @@ from gpt.data import ByteTable, DataError, token_bytes
 from gpt.score import Score, ValidationText, score, validation_text
 from tests.tiny import ALONE, CPU, Meeting, ThreadRanks, random_tokens, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 64
 TABLE = ByteTable(
     torch.cat((torch.zeros(4), torch.arange(VOCAB - 4) % 5 + 1)).short(),

@@ -19,6 +19,8 @@ from gpt.ttt import SGD, Document, adapt, documents_of, fine_tune, parse_form
 from tests.test_score import TABLE, text_of
 from tests.tiny import ALONE, Meeting, ThreadRanks, random_tokens, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB, CONTEXT = 64, 16
 FORMS = preflight.scoring_forms(CONTEXT)
 ADAPTING = {name: form for name, form in FORMS.items() if not form.isdigit()}
