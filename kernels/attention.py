@@ -24,25 +24,21 @@ Tiles outside every document of their queries are skipped. Scores, softmax, sums
 rounded to the input dtype before their products, as every flash attention does, so the error against float64 stays at
 or under that of torch's own kernels followed by XSA in the input dtype.
 
-Two sets of kernels: `attention_hopper.py` (warp-specialised, TMA and wgmma) where it applies, and the portable
-ones below for every other GPU, for the deterministic backward, and for the interpreter.
+Two sets of kernels: `attention_hopper.py` (warp-specialised, TMA and wgmma) for D of 64 or 128 where it applies, and
+the portable ones below for every other D and GPU, for the deterministic backward, and for the interpreter.
 """
 
-import functools
-import json
 import math
-import os
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels import attention_hopper
+from kernels.launch import DTYPES, HEAD_DIMS, expect_one_gpu, gpu, settings
 
 LOG2E = math.log2(math.e)
 NORM_FLOOR = 1e-12  # F.normalize's clamp
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 
@@ -385,23 +381,6 @@ def attention_bwd_dq_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- launching
-@functools.cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
-@functools.cache
-def _configs(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())["attention"]
-
-
-def _config(q: torch.Tensor) -> dict:
-    """Launch configurations are data: `configs/h100.json` for compute capability 9.0, `configs/generic.json` else."""
-    hopper = q.is_cuda and _gpu(q.device)[0] == (9, 0)
-    return _configs("h100" if hopper else "generic")[str(q.shape[-1])]
-
-
 def _padded(length: int) -> int:
     """Rows a head of lse, s and delta: whole tiles, so that a copy of a tile stays within the head."""
     return triton.cdiv(length, 128) * 128
@@ -431,9 +410,9 @@ def _forward(
     # Rows past the length are read, against zeros: they must be finite.
     allocate = torch.empty if length == _padded(length) else torch.zeros
     s, lse = (allocate((batch, heads, _padded(length)), dtype=torch.float32, device=q.device) for _ in range(2))
-    config = _config(q)
+    config = settings("attention", q.device)[str(dim)]
     if "forward_hopper" in config and _copyable(q, k, v, document_starts):
-        attention_hopper.forward(q, k, v, document_starts, out, s, lse, config["forward_hopper"], _gpu(q.device)[1])
+        attention_hopper.forward(q, k, v, document_starts, out, s, lse, config["forward_hopper"], gpu(q.device)[1])
         return out, s, lse
     config = dict(config["forward"])
     grid = (triton.cdiv(length, config["BLOCK_M"]) * batch * heads,)
@@ -466,9 +445,9 @@ def _backward(
     if g.stride(-1) != 1:
         g = g.contiguous()
     grad_y, delta = torch.empty_like(z), torch.empty_like(lse)
-    config = _config(q)
+    config = settings("attention", q.device)[str(dim)]
 
-    prepare = dict(config["prepare"])
+    prepare = config["prepare"]
     blocks = triton.cdiv(length, prepare["BLOCK_T"])
     document_ends = torch.empty((batch, blocks, 2), dtype=torch.int32, device=q.device) if documents else None
     attention_bwd_prepare_kernel[(batch * kv, blocks)](
@@ -478,7 +457,7 @@ def _backward(
     if "backward_hopper" in config and not deterministic and _copyable(q, k, v, document_starts):
         attention_hopper.backward(
             q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_q, grad_k, grad_v,
-            config["backward_hopper"], _gpu(q.device)[1],
+            config["backward_hopper"], gpu(q.device)[1],
         )  # fmt: skip
         return
 
@@ -615,12 +594,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_starts: t
         raise ValueError(
             f"attention wants H a multiple of G, none empty; got q {tuple(q.shape)}, H {q.shape[2]}, G {k.shape[2]}"
         )
-    dtypes = (torch.float16, torch.float32) if INTERPRET else (torch.bfloat16, torch.float16)
-    dims = (16, 32, 64, 128) if INTERPRET else (64, 128)
-    if q.shape[3] not in dims:
-        raise ValueError(f"attention wants a head dimension among {dims}; got {q.shape[3]}")
-    if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"attention wants q, k, v of one dtype among {dtypes}; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"attention wants a head dimension among {HEAD_DIMS}; got {q.shape[3]}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"attention wants q, k, v of one dtype among {DTYPES}; got {q.dtype}, {k.dtype}, {v.dtype}")
     tensors = {"q": q, "k": k, "v": v}
     if document_starts is not None:
         if document_starts.shape != q.shape[:2] or document_starts.dtype != torch.int32:
@@ -631,12 +608,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_starts: t
         if not document_starts.is_contiguous():
             raise ValueError(f"attention wants contiguous document_starts; got strides {document_starts.stride()}")
         tensors["document_starts"] = document_starts
+    expect_one_gpu("attention", tensors)
     for name, x in tensors.items():
-        if x.device != q.device or not (x.is_cuda or INTERPRET):
-            raise ValueError(
-                "attention wants every tensor on one CUDA device (or TRITON_INTERPRET=1 for the CPU); "
-                f"got q on {q.device}, {name} on {x.device}"
-            )
         if x.stride(-1) != 1:
             raise ValueError(f"attention wants the last dimension contiguous; got {name} with strides {x.stride()}")
         if x.stride(1) * x.shape[1] >= 2**31:
@@ -653,8 +626,8 @@ def attention(
     """Causal grouped-query attention followed by XSA, differentiable in q, k and v.
 
     q, k, v (torch.Tensor):
-        Queries ``[B, T, H, D]``, keys and values ``[B, T, G, D]``, H a multiple of G, D 64 or 128, all bf16 or all
-        fp16, the last dimension contiguous.
+        Queries ``[B, T, H, D]``, keys and values ``[B, T, G, D]``, H a multiple of G, D 16, 32, 64 or 128, all
+        bf16 or all fp16, the last dimension contiguous.
     document_starts (torch.Tensor):
         int32 ``[B, T]``, contiguous: the position in its row of the first token of each token's document, which does
         not decrease along the row. A query sees the keys of its own document only. Default: ``None``, one document a

@@ -23,18 +23,14 @@ in fp16, whose dx is scaled in float32 afterwards, since g / M would underflow).
 Source: gradient in the forward and in place after Liger-Kernel (arXiv 2410.10989) and modded-nanogpt.
 """
 
-import functools
-import json
 import math
-import os
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float16, torch.float32) if INTERPRET else (torch.bfloat16, torch.float16)
+from kernels.launch import DTYPES, INTERPRET, expect_one_gpu, settings
+
 LOG2E = math.log2(math.e)
 SOFTCAP_MAX = 64.0  # V exp(softcap) has to be a float32
 
@@ -96,21 +92,6 @@ def cross_entropy_scale_kernel(x, g, out, scale, size, BLOCK: tl.constexpr):
 
 
 # ------------------------------------------------------------------------------------------------------- launching
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _configs(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())["cross_entropy"]
-
-
-def _config(x: torch.Tensor) -> dict:
-    """Launch configurations are data: `configs/h100.json` for compute capability 9.0, `configs/generic.json` else."""
-    return _configs("h100" if x.is_cuda and _hopper(x.device) else "generic")
-
-
 def _launch_options(config: dict, vocab: int) -> dict:
     """A row shorter than the block takes a smaller one, and no more warps than have 16 bytes a thread to load."""
     block = min(config["BLOCK_V"], triton.next_power_of_2(vocab))
@@ -125,7 +106,7 @@ def _forward(
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # losses (M,) float32, da (M, V) or, without gradient, (0,)
     count, vocab = x.shape[0], weight.shape[0]
-    config = _config(x)
+    config = settings("cross_entropy", x.device)
     options = _launch_options(config["loss"], vocab)
     rows = count if gradient else min(config["rows"], count)
     losses = torch.empty(count, dtype=torch.float32, device=x.device)
@@ -159,7 +140,7 @@ def _backward(
     want_x: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # dx (M, D), dweight (V, D); (0,) where not wanted
-    config = _config(x)["scale"]
+    config = settings("cross_entropy", x.device)["scale"]
     scale = 1.0 / x.shape[0]
     grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
     if want_x and x.dtype == torch.float16:
@@ -263,12 +244,7 @@ def linear_cross_entropy(
             f"linear_cross_entropy wants x, weight of one dtype among {DTYPES} and targets torch.int64; "
             f"got {x.dtype}, {weight.dtype}, {targets.dtype}"
         )
-    for name, tensor in (("x", x), ("weight", weight), ("targets", targets)):
-        if tensor.device != x.device or not (tensor.is_cuda or INTERPRET):
-            raise ValueError(
-                "linear_cross_entropy wants every tensor on one CUDA device (or TRITON_INTERPRET=1 for the CPU); "
-                f"got x on {x.device}, {name} on {tensor.device}"
-            )
+    expect_one_gpu("linear_cross_entropy", {"x": x, "weight": weight, "targets": targets})
     if x.stride(-1) != 1 or not weight.is_contiguous():
         raise ValueError(
             "linear_cross_entropy wants the last dimension of x contiguous, and weight; "

@@ -22,8 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import DTYPES, expect, programs, settings
 from kernels.reference import RMS_EPS
-from kernels.residual import DTYPES, INTERPRET, MAX_DIM, column_sum, programs, row_sum, settings, tile, tile_columns
+from kernels.residual import MAX_DIM, column_sum, row_sum, tile, tile_columns
 
 _RMS_EPS = tl.constexpr(RMS_EPS)
 
@@ -173,7 +174,7 @@ def embed_forward(
     dtype: torch.dtype,
 ) -> torch.Tensor:  # (B, T, D)
     out = torch.empty((*tokens.shape, weight.shape[1]), dtype=dtype, device=weight.device)
-    config = settings("embedding", "forward", weight.device)
+    config = settings("embedding", weight.device)["forward"]
     embed_fwd_kernel[(triton.cdiv(tokens.numel(), config["STEPS"]),)](
         tokens, weight, smear_gate, _bytes(starts), out, tokens.numel(), tokens.shape[1],
         **_row(weight.shape[1]), **config,
@@ -193,9 +194,9 @@ def embed_backward(
     # 16-bit keys halve the passes of the sort.
     ordered, places = tokens.flatten().to(torch.int16 if vocab < 2**15 else torch.int32).sort(stable=True)
     first, last = torch.zeros((2, vocab), dtype=torch.int32, device=device)
-    runs, split = settings("embedding", "runs", device), settings("embedding", "split", device)
-    per_sm, shape = split.pop("per_sm"), tile(split, dim)
-    pieces, count = triton.cdiv(rows, runs["PIECE"]), programs(per_sm, vocab, device)
+    config = settings("embedding", device)
+    runs, split = config["runs"], tile(config["split"], dim)
+    pieces, count = triton.cdiv(rows, runs["PIECE"]), programs(config["split"]["per_sm"], vocab, device)
     slots = torch.empty((pieces, 2, 2, dim), dtype=torch.float32, device=device)
     partial = torch.empty((pieces + count, dim), dtype=torch.float32, device=device)
     dweight = torch.empty_like(weight)
@@ -204,7 +205,7 @@ def embed_backward(
         **_row(dim), **runs,
     )  # fmt: skip
     embed_bwd_split_kernel[(count,)](
-        weight, smear_gate, first, last, slots, dweight, partial[pieces:], vocab, PIECE=runs["PIECE"], **shape, **split
+        weight, smear_gate, first, last, slots, dweight, partial[pieces:], vocab, PIECE=runs["PIECE"], **split
     )
     return dweight, column_sum(partial)
 
@@ -284,20 +285,8 @@ def embed(
         raise ValueError(f"embed wants weight (V, D), D a multiple of 16 up to {MAX_DIM}; got {tuple(weight.shape)}")
     if tokens.dim() != 2 or not 0 < tokens.numel() < 2**31:
         raise ValueError(f"embed wants tokens (B, T), none empty; got {tuple(tokens.shape)}")
-    if not (weight.is_cuda or INTERPRET):
-        raise ValueError(f"embed wants CUDA tensors (or TRITON_INTERPRET=1 for the CPU); got device {weight.device}")
-    wanted = {
-        "tokens": (tokens, tokens.shape, torch.int64),
-        "weight": (weight, weight.shape, torch.float32),
-        "smear_gate": (smear_gate, weight.shape[1:], torch.float32),
-        "starts": (starts, tokens.shape, torch.bool),
-    }
-    for name, (x, shape, kind) in wanted.items():
-        if x is None:
-            continue
-        if x.shape != shape or x.dtype != kind or not x.is_contiguous() or x.device != weight.device:
-            raise ValueError(
-                f"embed wants {name} {tuple(shape)} {kind}, contiguous, on {weight.device}; "
-                f"got {tuple(x.shape)} {x.dtype}, strides {x.stride()}, on {x.device}"
-            )
+    expect(
+        "embed", tokens=(tokens, tokens.shape, torch.int64), weight=(weight, weight.shape, torch.float32),
+        smear_gate=(smear_gate, weight.shape[1:], torch.float32), starts=(starts, tokens.shape, torch.bool),
+    )  # fmt: skip
     return torch.ops.golf.embed(tokens, weight, smear_gate, starts, dtype)

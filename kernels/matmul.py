@@ -5,11 +5,11 @@
     down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
     qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
 
-r is the row's factor of an RMS norm without weights (`mlp.rms_rows`): a norm in front of a product is a factor behind
-it, and the normalised x is never written. One tensor is kept of the activation: a >= 0, and the last mantissa bit of
-its bf16 holds the sign of u (1 is negative), so that da/du = 2 sqrt(a) or -sqrt(a) comes back from a alone while the
-products that read a need not know. a is rounded once, from float32, to the nearest bf16 of that parity: its root mean
-square error is 2 units of u / sqrt(12), under the sqrt(5) of an eager chain that rounds u and its square.
+r is the row's factor of an RMS norm without weights (`residual.rms_rows`): a norm in front of a product is a factor
+behind it, and the normalised x is never written. One tensor is kept of the activation: a >= 0, and the last mantissa
+bit of its bf16 holds the sign of u (1 is negative), so that da/du = 2 sqrt(a) or -sqrt(a) comes back from a alone while
+the products that read a need not know. a is rounded once, from float32, to the nearest bf16 of that parity: its root
+mean square error is 2 units of u / sqrt(12), under the sqrt(5) of an eager chain that rounds u and its square.
 
 Shapes: all matrices contiguous, bf16 or fp16, sums in float32; w of down_backward is read as it lies, without a
 transposed copy. linear_add is product_add with its gradients. Work 2 M N K FLOPs; traffic: every matrix once (bf16, M
@@ -21,20 +21,13 @@ interpreter (there, and for other heads, qkv_forward is a product and then `rota
 epilogue are cuBLAS's.
 """
 
-import functools
-import json
-import os
-from pathlib import Path
-
 import torch
 import triton
 import triton.language as tl
 
 from kernels import matmul_hopper, rotary
+from kernels.launch import DTYPES, expect, gpu, settings
 from kernels.matmul_epilogue import matmul_epilogue
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float16, torch.float32) if INTERPRET else (torch.bfloat16, torch.float16)
 
 
 # ------------------------------------------------------------------------------------------------ portable kernel
@@ -67,22 +60,6 @@ def matmul_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- launching
-@functools.cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
-@functools.cache
-def _configs(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())["matmul"]
-
-
-def config(x: torch.Tensor) -> dict:
-    """Launch configurations are data: `configs/h100.json` for compute capability 9.0, `configs/generic.json` else."""
-    return _configs("h100" if x.is_cuda and _gpu(x.device)[0] == (9, 0) else "generic")
-
-
 def _product(
     x: torch.Tensor,  # (M, K)
     w: torch.Tensor,  # (N, K), or (K, N) where not transposed
@@ -93,9 +70,9 @@ def _product(
 ) -> torch.Tensor:  # (M, N)
     (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    configs = config(x)
+    configs = settings("matmul", x.device)
     if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra):
-        matmul_hopper.launch(x, w, out, extra, row_scale, epilogue, transposed, configs, _gpu(x.device)[1])
+        matmul_hopper.launch(x, w, out, extra, row_scale, epilogue, transposed, configs, gpu(x.device)[1])
         return out
     portable = configs["portable"]
     grid = (triton.cdiv(rows, portable["BLOCK_M"]) * triton.cdiv(columns, portable["BLOCK_N"]),)
@@ -147,7 +124,7 @@ def qkv_forward(
     """Attention's input, as `rotary.qkv_forward` makes of the product x weight^T, in the product's epilogue."""
     heads = gain.numel()
     shape = (x.shape[0], heads + 2 * kv_heads, weight.shape[0] // (heads + 2 * kv_heads))
-    configs = config(x)
+    configs = settings("matmul", x.device)
     if not (
         "resident" in configs
         and matmul_hopper.fits(x.shape[1], configs["resident"])
@@ -160,7 +137,7 @@ def qkv_forward(
     qkv = torch.empty(shape, dtype=x.dtype, device=x.device)
     inv_rms = torch.empty((x.shape[0], heads + kv_heads), dtype=torch.float32, device=x.device)
     matmul_hopper.launch(
-        x, weight, qkv.flatten(1), None, row_scale, "heads", True, configs, _gpu(x.device)[1],
+        x, weight, qkv.flatten(1), None, row_scale, "heads", True, configs, gpu(x.device)[1],
         heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
     )  # fmt: skip
     return qkv, inv_rms
@@ -190,25 +167,6 @@ linear_add_op.register_autograd(_differentiate, setup_context=_save)
 
 
 # ---------------------------------------------------------------------------------------------------------- public
-def check(op: str, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless the tensors are contiguous, not empty, and of one device and one supported type."""
-    name, first = next(iter(tensors.items()))
-    for other, x in tensors.items():
-        if x.dtype not in DTYPES or x.dtype != first.dtype:
-            raise ValueError(
-                f"{op} wants tensors of one dtype among {DTYPES}; got {name} {first.dtype}, {other} {x.dtype}"
-            )
-        if x.device != first.device or not (x.is_cuda or INTERPRET):
-            raise ValueError(
-                f"{op} wants every tensor on one CUDA device (or TRITON_INTERPRET=1 for the CPU); "
-                f"got {name} on {first.device}, {other} on {x.device}"
-            )
-        if not x.is_contiguous() or x.numel() == 0:
-            raise ValueError(
-                f"{op} wants contiguous tensors, none empty; got {other} {tuple(x.shape)} with strides {x.stride()}"
-            )
-
-
 def linear_add(
     x: torch.Tensor,  # (..., N)
     y: torch.Tensor,  # (..., K)
@@ -220,5 +178,5 @@ def linear_add(
             "linear_add wants x (..., N), y (..., K), weight (N, K); "
             f"got x {tuple(x.shape)}, y {tuple(y.shape)}, weight {tuple(weight.shape)}"
         )
-    check("linear_add", x=x, y=y, weight=weight)
+    expect("linear_add", x=(x, x.shape, DTYPES), y=(y, y.shape, x.dtype), weight=(weight, weight.shape, x.dtype))
     return torch.ops.golf.linear_add(x, y, weight)

@@ -24,16 +24,13 @@ order: results repeat to the bit. Symmetric tiles after modded-nanogpt and micro
 """
 
 import functools
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from kernels.launch import INTERPRET, expect_one_gpu, gpu, settings
 
 # The three products of an iteration: A, B and X.
 _GRAM, _SQUARE, _UPDATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -184,17 +181,6 @@ def newton_schulz_kernel(
 
 # ------------------------------------------------------------------------------------------------------- launching
 @functools.cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
-@functools.cache
-def _configs(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())["newton_schulz"]
-
-
-@functools.cache
 def _plan(
     shapes: tuple[tuple[int, int, int], ...], block: int, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:  # (tiles, 11) int64; matrices; elements of all A's
@@ -232,12 +218,8 @@ def _launch(
     shapes: tuple[tuple[int, int, int], ...],
     coefficients: tuple[float, ...],
 ) -> torch.Tensor:  # as flat
-    processors = 1
-    name = "generic"
-    if flat.is_cuda:
-        capability, processors = _gpu(flat.device)
-        name = "h100" if capability == (9, 0) else name
-    configs = _configs(name)
+    processors = gpu(flat.device)[1] if flat.is_cuda else 1
+    configs = settings("newton_schulz", flat.device)
     # `few`: not enough tiles for two programs a processor; `any`: sides that the tile does not divide.
     kind = "even" if flat.numel() >= 4 * processors * configs["even"]["BLOCK"] ** 2 else "few"
     even = all(side % configs[kind]["BLOCK"] == 0 for shape in shapes for side in shape[1:])
@@ -306,16 +288,12 @@ def newton_schulz(
                 f"newton_schulz wants contiguous {dtype} banks (N, rows, columns), none empty; "
                 f"got {bank.dtype} {tuple(bank.shape)} with strides {bank.stride()}"
             )
-        if bank.device != banks[0].device or not (bank.is_cuda or INTERPRET):
-            raise ValueError(
-                "newton_schulz wants every bank on one CUDA device (or TRITON_INTERPRET=1 for the CPU); "
-                f"got {', '.join(str(bank.device) for bank in banks)}"
-            )
     if not banks or not coefficients or any(len(triple) != 3 for triple in coefficients):
         raise ValueError(
             "newton_schulz wants at least one bank and one (a, b, c); "
             f"got {len(banks)} banks and coefficients {list(coefficients)}"
         )
+    expect_one_gpu("newton_schulz", {f"banks[{i}]": bank for i, bank in enumerate(banks)})
     sizes = [size for bank in banks for size in bank.shape]
     out = torch.ops.golf.newton_schulz(_joined(banks), sizes, [x for triple in coefficients for x in triple])
     parts = out.split([bank.numel() for bank in banks])

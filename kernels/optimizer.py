@@ -18,17 +18,13 @@ A launch takes its tensors as tuples of pointers; program numbers run through th
 the second, and so on. After torch's multi-tensor kernels.
 """
 
-import functools
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from kernels.launch import expect_one_gpu, settings
 
 
 @triton.jit
@@ -118,25 +114,11 @@ def adamw_update_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- launching
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _configs(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())["optimizer"]
-
-
-def _config(x: torch.Tensor, kernel: str) -> dict:
-    return _configs("h100" if x.is_cuda and _hopper(x.device) else "generic")[kernel]
-
-
 def _momentum(
     gradients: list[torch.Tensor], momenta: list[torch.Tensor], clip: torch.Tensor, mu: float, row_norm: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    config = _config(clip, "momentum")
+    config = settings("optimizer", clip.device)["momentum"]
     out = torch.empty(sum(m.numel() for m in momenta), dtype=dtype, device=clip.device)
     columns = tuple(m.shape[2] for m in momenta)
     rows = tuple(m.shape[0] * m.shape[1] for m in momenta)
@@ -152,7 +134,7 @@ def _update(
     parameters: list[torch.Tensor], updates: list[torch.Tensor], emas: list[torch.Tensor], rates: list[float],
     shrink: float, ema_weight: float,
 ) -> None:  # fmt: skip
-    config = _config(parameters[0], "update")
+    config = settings("optimizer", parameters[0].device)["update"]
     sizes = tuple(p.numel() for p in parameters)
     grid = (sum(triton.cdiv(size, config["BLOCK"]) for size in sizes),)
     muon_update_kernel[grid](
@@ -165,7 +147,7 @@ def _adamw(
     ema: torch.Tensor, clip: torch.Tensor, rates: list[float], shrinks: list[float],
     beta1: float, beta2: float, inverse_correction: float, eps: float, ema_weight: float,
 ) -> None:  # fmt: skip
-    config = _config(clip, "adamw")
+    config = settings("optimizer", clip.device)["adamw"]
     sizes = tuple(p.numel() for p in parameters)
     grid = (sum(triton.cdiv(size, config["BLOCK"]) for size in sizes),)
     adamw_update_kernel[grid](
@@ -215,8 +197,8 @@ def _(parameters, gradient, average, square, ema, *rest):
 def _check(op: str, masters: dict[str, Sequence[torch.Tensor]], others: dict[str, Sequence[torch.Tensor]]) -> None:
     """Equally many, of the same shapes, contiguous, on one GPU; masters float32."""
     wanted = next(iter(masters.values()))
-    device = wanted[0].device if wanted else None
-    for name, tensors in (*masters.items(), *others.items()):
+    lists = masters | others
+    for name, tensors in lists.items():
         if len(tensors) != len(wanted) or not tensors:
             raise ValueError(f"{op} wants one of {name} for each of {len(wanted)}, at least one; got {len(tensors)}")
         dtypes = (torch.float32,) if name in masters else (torch.float32, torch.bfloat16)
@@ -226,11 +208,7 @@ def _check(op: str, masters: dict[str, Sequence[torch.Tensor]], others: dict[str
                     f"{op} wants {name} contiguous, of one of {dtypes} and of shape {tuple(like.shape)}; "
                     f"got {x.dtype} {tuple(x.shape)} with strides {x.stride()}"
                 )
-            if x.device != device or not (x.is_cuda or INTERPRET):
-                raise ValueError(
-                    f"{op} wants every tensor on one CUDA device (or TRITON_INTERPRET=1 for the CPU); "
-                    f"got {name} on {x.device}, others on {device}"
-                )
+    expect_one_gpu(op, {f"{name}[{i}]": x for name, tensors in lists.items() for i, x in enumerate(tensors)})
 
 
 def _check_clip(op: str, clip: torch.Tensor, device: torch.device) -> None:

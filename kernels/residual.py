@@ -22,19 +22,13 @@ Sums over rows: each of a fixed number of programs keeps float32 sums of its own
 in order, so that runs agree to the bit.
 """
 
-import functools
-import json
-import os
-from pathlib import Path
-
 import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import DTYPES, expect, programs, settings
 from kernels.reference import RMS_EPS
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.float16) if INTERPRET else (torch.bfloat16, torch.float16)
 MAX_DIM = 1024
 
 _RMS_EPS = tl.constexpr(RMS_EPS)
@@ -202,33 +196,12 @@ def norm_bwd_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- launching
-@functools.cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
-@functools.cache
-def _configs(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())
-
-
-def settings(op: str, kernel: str, device: torch.device) -> dict:
-    """Launch configurations are data: `configs/h100.json` for compute capability 9.0, `configs/generic.json` else."""
-    hopper = device.type == "cuda" and _gpu(device)[0] == (9, 0)
-    return dict(_configs("h100" if hopper else "generic")[op][kernel])
-
-
-def programs(per_sm: int, blocks: int, device: torch.device) -> int:
-    """How many programs share `blocks` blocks of work."""
-    return max(1, min(blocks, per_sm * (_gpu(device)[1] if device.type == "cuda" else 2)))
-
-
 def tile(config: dict, dim: int) -> dict:
-    """A tile's shape for rows of `dim`, from the number of values that the configuration wants in it."""
+    """What to launch with for rows of `dim`: a configuration with a tile's shape for TILE, the number of its values."""
     block = max(16, triton.next_power_of_2(dim))
     width = min(block, 256)
-    return {"D": dim, "PARTS": block // width, "WIDTH": width, "ROWS": max(1, config.pop("TILE") // block)}
+    shape = {"D": dim, "PARTS": block // width, "WIDTH": width, "ROWS": max(1, config["TILE"] // block)}
+    return shape | {name: value for name, value in config.items() if name not in ("TILE", "per_sm")}
 
 
 def column_sum(
@@ -236,31 +209,13 @@ def column_sum(
 ) -> torch.Tensor:  # (...) float32
     """The sum over the first dimension, in a fixed order."""
     out = torch.empty(partial.shape[1:], dtype=torch.float32, device=partial.device)
-    config = settings("residual", "column_sum", partial.device)
+    config = settings("residual", partial.device)["column_sum"]
     grid = (triton.cdiv(out.numel(), config["BLOCK_C"]),)
     column_sum_kernel[grid](partial, out, partial.shape[0], out.numel(), **config)
     return out
 
 
-def expect(op: str, like: torch.Tensor, **tensors: tuple[torch.Tensor | None, tuple[int, ...], torch.dtype]) -> None:
-    """Raise ValueError unless each tensor that is given has its shape and dtype, is contiguous and lies beside `like`,
-    whose own dtype and device must be ones that kernels take."""
-    if like.dtype not in DTYPES:
-        raise ValueError(f"{op} wants a dtype among {DTYPES}; got {like.dtype}")
-    if not (like.is_cuda or INTERPRET):
-        raise ValueError(f"{op} wants CUDA tensors (or TRITON_INTERPRET=1 for the CPU); got device {like.device}")
-    for name, (x, shape, dtype) in tensors.items():
-        if x is None:
-            continue
-        if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
-            raise ValueError(f"{op} wants {name} {tuple(shape)} {dtype}; got {tuple(x.shape)} {x.dtype}")
-        if not x.is_contiguous():
-            raise ValueError(f"{op} wants {name} contiguous; got strides {x.stride()}")
-        if x.device != like.device:
-            raise ValueError(f"{op} wants every tensor on one device; got {name} on {x.device} beside {like.device}")
-
-
-def _expect_dim(op: str, x: torch.Tensor) -> None:
+def expect_dim(op: str, x: torch.Tensor) -> None:
     if x.dim() < 1 or x.shape[-1] % 16 or not 16 <= x.shape[-1] <= MAX_DIM:
         raise ValueError(f"{op} wants rows of a multiple of 16 values up to {MAX_DIM}; got shape {tuple(x.shape)}")
 
@@ -269,12 +224,12 @@ def _expect_mix(
     op: str, x: torch.Tensor, x0: torch.Tensor, mix: torch.Tensor, skip: torch.Tensor | None,
     skip_weight: torch.Tensor | None, skip_gate: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    _expect_dim(op, x)
+    expect_dim(op, x)
     if len({skip is None, skip_weight is None, skip_gate is None}) > 1:
         raise ValueError(f"{op} wants a skip, its weight and its gate together, or none of them")
     dim, floats = x.shape[-1], torch.float32
     expect(
-        op, x, x=(x, x.shape, x.dtype), x0=(x0, x.shape, x.dtype), mix=(mix, (2, dim), floats),
+        op, x=(x, x.shape, DTYPES), x0=(x0, x.shape, x.dtype), mix=(mix, (2, dim), floats),
         skip=(skip, x.shape, x.dtype), skip_weight=(skip_weight, (dim,), floats), skip_gate=(skip_gate, (dim,), floats),
     )  # fmt: skip
 
@@ -291,10 +246,9 @@ def mix_forward(
     _expect_mix("mix_forward", x, x0, mix, skip, skip_weight, skip_gate)
     rows, dim = x.shape
     x_in, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-    config = settings("residual", "mix_forward", x.device)
-    shape = tile(config, dim)
-    mix_fwd_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        x, x0, mix, skip, skip_weight, skip_gate, x_in, rstd, rows, **shape, **config
+    config = tile(settings("residual", x.device)["mix_forward"], dim)
+    mix_fwd_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+        x, x0, mix, skip, skip_weight, skip_gate, x_in, rstd, rows, **config
     )
     return x_in, rstd
 
@@ -317,18 +271,18 @@ def mix_backward(
     _expect_mix("mix_backward", x, x0, mix, skip, skip_weight, skip_gate)
     rows, dim = x.shape
     expect(
-        "mix_backward", x, g=(g, x.shape, x.dtype), rstd=(rstd, (rows,), torch.float32), dy=(dy, x.shape, x.dtype),
-        dx0=(dx0, x.shape, x.dtype),
+        "mix_backward", x=(x, x.shape, DTYPES), dy=(dy, x.shape, x.dtype), dx0=(dx0, x.shape, x.dtype),
+        g=(g, x.shape, x.dtype), rstd=(rstd, (rows,), torch.float32),
     )  # fmt: skip
     dx = torch.empty_like(x)
     dskip = None if skip is None else torch.empty_like(x)
     dx0_out = torch.empty_like(x)
-    config = settings("residual", "mix_backward" if skip is None else "mix_backward_skip", x.device)
-    per_sm, shape = config.pop("per_sm"), tile(config, dim)
-    count = programs(per_sm, triton.cdiv(rows, shape["ROWS"]), x.device)
+    wanted = settings("residual", x.device)["mix_backward" if skip is None else "mix_backward_skip"]
+    config = tile(wanted, dim)
+    count = programs(wanted["per_sm"], triton.cdiv(rows, config["ROWS"]), x.device)
     partial = torch.empty((count, 2 if skip is None else 4, dim), dtype=torch.float32, device=x.device)
     mix_bwd_kernel[(count,)](
-        g, rstd, dy, x, x0, dx0, mix, skip, skip_weight, skip_gate, dx, dx0_out, dskip, partial, rows, **shape, **config
+        g, rstd, dy, x, x0, dx0, mix, skip, skip_weight, skip_gate, dx, dx0_out, dskip, partial, rows, **config
     )
     channels = column_sum(partial)
     if skip is None:
@@ -342,14 +296,13 @@ def norm_forward(
     rows_only: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:  # h (M, D), rstd (M,) float32
     """h = x * rstd * scale (None with `rows_only`) and rstd = 1 / sqrt(mean(x^2) + eps)."""
-    _expect_dim("norm_forward", x)
-    expect("norm_forward", x, x=(x, x.shape, x.dtype))
+    expect_dim("norm_forward", x)
+    expect("norm_forward", x=(x, x.shape, DTYPES))
     rows, dim = x.shape
     h = None if rows_only else torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    config = settings("residual", "norm_forward", x.device)
-    shape = tile(config, dim)
-    norm_fwd_kernel[(triton.cdiv(rows, shape["ROWS"]),)](x, h, rstd, scale, rows, **shape, **config)
+    config = tile(settings("residual", x.device)["norm_forward"], dim)
+    norm_fwd_kernel[(triton.cdiv(rows, config["ROWS"]),)](x, h, rstd, scale, rows, **config)
     return h, rstd
 
 
@@ -368,16 +321,15 @@ def norm_backward(
     dy: torch.Tensor | None = None,  # (M, D)
 ) -> torch.Tensor:  # (M, D)
     """The gradient of x, for g the gradient of norm_forward's h. With dy see rms_backward."""
-    _expect_dim("norm_backward", x)
+    expect_dim("norm_backward", x)
     rows, dim = x.shape
     expect(
-        "norm_backward", x, x=(x, x.shape, x.dtype), g=(g, x.shape, x.dtype), dy=(dy, x.shape, x.dtype),
+        "norm_backward", x=(x, x.shape, DTYPES), g=(g, x.shape, x.dtype), dy=(dy, x.shape, x.dtype),
         rstd=(rstd, (rows,), torch.float32),
     )  # fmt: skip
     dx = torch.empty_like(x)
-    config = settings("residual", "norm_backward", x.device)
-    shape = tile(config, dim)
-    norm_bwd_kernel[(triton.cdiv(rows, shape["ROWS"]),)](g, x, rstd, dy, dx, scale, rows, **shape, **config)
+    config = tile(settings("residual", x.device)["norm_backward"], dim)
+    norm_bwd_kernel[(triton.cdiv(rows, config["ROWS"]),)](g, x, rstd, dy, dx, scale, rows, **config)
     return dx
 
 
@@ -486,8 +438,8 @@ def rms_norm(
     x (torch.Tensor):
         ``[..., D]`` contiguous, bf16 or fp16, D a multiple of 16 up to 1024.
     """
-    _expect_dim("rms_norm", x)
-    expect("rms_norm", x, x=(x, x.shape, x.dtype))
+    expect_dim("rms_norm", x)
+    expect("rms_norm", x=(x, x.shape, DTYPES))
     return torch.ops.golf.rms_norm(x, scale)[0]
 
 

@@ -16,8 +16,8 @@ Where |gain| < 1e-30 there is nothing left of z^ in out: dz is right (it is zero
 zero, so a head's gain that is exactly zero stays there. It starts at 5.25. dgain is taken from the rounded out; its
 error is about half that of eager ops, which round every product.
 
-Shapes: qkv (M, H + 2G, D) contiguous, bf16 or fp16, D 64 or 128, R a power of two up to D; gain, cos, sin, row_scale,
-inv_rms float32. Arithmetic in float32, rounded once. Forward in place: 2 reads and writes of (M, H + 2G, D);
+Shapes: qkv (M, H + 2G, D) contiguous, bf16 or fp16, D 16, 32, 64 or 128, R a power of two up to D; gain, cos, sin,
+row_scale, inv_rms float32. Arithmetic in float32, rounded once. Forward in place: 2 reads and writes of (M, H + 2G, D);
 backward: those and q and k once more. dgain is summed in a fixed order.
 """
 
@@ -25,10 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import DTYPES, HEAD_DIMS, expect, expect_one_gpu, programs, settings
 from kernels.reference import RMS_EPS
-from kernels.residual import INTERPRET, column_sum, expect, programs, settings
-
-HEAD_DIMS = (16, 32, 64, 128) if INTERPRET else (64, 128)
+from kernels.residual import column_sum
 
 _RMS_EPS = tl.constexpr(RMS_EPS)
 _GAIN_FLOOR = tl.constexpr(1e-30)
@@ -131,11 +130,11 @@ def qkv_bwd_kernel(
 
 # ------------------------------------------------------------------------------------------------------- launching
 def _shape(config: dict, queries: int, keys: int, heads: int, dim: int, half: int) -> dict:
-    """A tile's shape and warps: TILE values, or one row with as many more warps."""
-    pad, wanted = triton.next_power_of_2(heads), config.pop("TILE")
+    """What to launch with: a tile of TILE values, or of one row with as many more warps."""
+    pad, wanted = triton.next_power_of_2(heads), config["TILE"]
     return {
         "QUERIES": queries, "NORMED": queries + keys, "HEADS": heads, "D": dim, "HALF": half, "PAD": pad,
-        "ROWS": max(1, wanted // (pad * dim)), "num_warps": config.pop("num_warps") * max(1, pad * dim // wanted),
+        "ROWS": max(1, wanted // (pad * dim)), "num_warps": config["num_warps"] * max(1, pad * dim // wanted),
     }  # fmt: skip
 
 
@@ -143,36 +142,36 @@ def _forward(raw, out, gain, cos, sin, row_scale, queries, keys):
     """raw and out (M, heads, D), rows at any distance; the heads after the keys are values."""
     rows, heads, dim = raw.shape
     inv_rms = torch.empty((rows, queries + keys), dtype=torch.float32, device=raw.device)
-    config = settings("rotary", "forward", raw.device)
-    shape = _shape(config, queries, keys, heads, dim, cos.shape[1])
+    shape = _shape(settings("rotary", raw.device)["forward"], queries, keys, heads, dim, cos.shape[1])
     qkv_fwd_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        raw, out, gain, cos, sin, row_scale, inv_rms, rows, cos.shape[0], raw.stride(0), out.stride(0),
-        **shape, **config,
+        raw, out, gain, cos, sin, row_scale, inv_rms, rows, cos.shape[0], raw.stride(0), out.stride(0), **shape,
     )  # fmt: skip
     return inv_rms
 
 
 def _backward(grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, queries, keys):
     rows, heads, dim = grad.shape
-    config = settings("rotary", "backward", grad.device)
-    per_sm, shape = config.pop("per_sm"), _shape(config, queries, keys, heads, dim, cos.shape[1])
-    count = programs(per_sm, triton.cdiv(rows, shape["ROWS"]), grad.device)
+    config = settings("rotary", grad.device)["backward"]
+    shape = _shape(config, queries, keys, heads, dim, cos.shape[1])
+    count = programs(config["per_sm"], triton.cdiv(rows, shape["ROWS"]), grad.device)
     partial = torch.empty((count, shape["PAD"]), dtype=torch.float32, device=grad.device)
     qkv_bwd_kernel[(count,)](
         grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, partial, rows, cos.shape[0],
-        grad.stride(0), out.stride(0), grad_raw.stride(0), **shape, **config,
+        grad.stride(0), out.stride(0), grad_raw.stride(0), **shape,
     )  # fmt: skip
     return None if gain is None else column_sum(partial)[:queries]
 
 
-def _expect(op: str, qkv: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    dim, half = qkv.shape[-1], cos.shape[-1]
+def _expect(op: str, dim: int, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **others) -> None:
+    half = cos.shape[-1]
     if dim not in HEAD_DIMS:
         raise ValueError(f"{op} wants a head dimension among {HEAD_DIMS}; got {dim}")
     if cos.dim() != 2 or half < 1 or half & (half - 1) or 2 * half > dim:
         raise ValueError(f"{op} wants cos (T, R/2), R a power of two up to the head's {dim}; got {tuple(cos.shape)}")
     floats = torch.float32
-    expect(op, qkv, gain=(gain, (gain.numel(),), floats), cos=(cos, cos.shape, floats), sin=(sin, cos.shape, floats))
+    expect(
+        op, gain=(gain, (gain.numel(),), floats), cos=(cos, cos.shape, floats), sin=(sin, cos.shape, floats), **others
+    )
 
 
 def _expect_packed(op, qkv, gain, cos, sin, row_scale, kv_heads, length, **others):
@@ -180,12 +179,13 @@ def _expect_packed(op, qkv, gain, cos, sin, row_scale, kv_heads, length, **other
         raise ValueError(
             f"{op} wants qkv (M, H + 2G, D) with H = {gain.numel()} of gain and G = {kv_heads}; got {tuple(qkv.shape)}"
         )
-    _expect(op, qkv, gain, cos, sin)
+    _expect(
+        op, qkv.shape[-1], gain, cos, sin, qkv=(qkv, qkv.shape, DTYPES),
+        row_scale=(row_scale, qkv.shape[:1], torch.float32), **others,
+    )  # fmt: skip
     if cos.shape[0] < length or qkv.shape[0] % length:
         raise ValueError(f"{op} wants M a multiple of T and cos of T rows; got M {qkv.shape[0]}, T {length}, "
                          f"cos {tuple(cos.shape)}")  # fmt: skip
-    rows = qkv.shape[0]
-    expect(op, qkv, qkv=(qkv, qkv.shape, qkv.dtype), row_scale=(row_scale, (rows,), torch.float32), **others)
 
 
 def qkv_forward(
@@ -287,8 +287,8 @@ def qk_norm_rotary(
     """reference.qk_norm_rotary, differentiable in q, k and gain (see the top of this file for a gain of zero).
 
     q, k (torch.Tensor):
-        ``[B, T, H, D]`` and ``[B, T, G, D]``, both bf16 or both fp16, D 64 or 128; views of one fused projection are
-        read where they lie.
+        ``[B, T, H, D]`` and ``[B, T, G, D]``, both bf16 or both fp16, D 16, 32, 64 or 128; views of one fused
+        projection are read where they lie.
     gain, cos, sin (torch.Tensor):
         float32 ``[H]``, ``[T, R/2]`` and ``[T, R/2]``, contiguous, R a power of two up to D.
     """
@@ -302,5 +302,8 @@ def qk_norm_rotary(
             f"qk_norm_rotary wants gain (H,) and cos (T, R/2) of q {tuple(q.shape)}; "
             f"got gain {tuple(gain.shape)}, cos {tuple(cos.shape)}"
         )
-    _expect("qk_norm_rotary", q, gain, cos, sin)
+    if q.dtype not in DTYPES:
+        raise ValueError(f"qk_norm_rotary wants q and k of a dtype among {DTYPES}; got {q.dtype}")
+    _expect("qk_norm_rotary", q.shape[-1], gain, cos, sin)
+    expect_one_gpu("qk_norm_rotary", {"q": q, "k": k, "gain": gain})
     return torch.ops.golf.qk_norm_rotary(q, k, gain, cos, sin)[:2]

@@ -20,20 +20,28 @@ class Built:
 
 
 def compile_for_h100(kernel, types, constants, config):
-    """types: of arguments that are no bf16 pointers, tuples for tuples; config: of kernels/configs, with options."""
+    """types: of arguments, tuples for tuples, ":16" behind integers that 16 divides; pointers are taken to be aligned.
+    Arguments without one are integers where named in capitals or as strides (of a multiple of 16), else bf16 pointers.
+    constants: of compile-time arguments. config: as in kernels/configs, whose other entries are options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     constants = constants | {key: value for key, value in config.items() if key in kernel.arg_names}
     options = {key: value for key, value in config.items() if key not in kernel.arg_names}
     signature, attributes = {}, {}
+
+    def plain(kind, *path):
+        if kind.startswith("*") or kind.endswith(":16"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind.removesuffix(":16")
+
     for index, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "*bf16")
-        parts = signature[name] if isinstance(signature[name], tuple) else None
-        for path, kind in [((index, i), x) for i, x in enumerate(parts)] if parts else [((index,), signature[name])]:
-            if kind.startswith("*") or (parts and kind == "i32"):
-                attributes[path] = [["tt.divisibility", 16]]
-    source = ASTSource(
+        default = "i32:16" if name.startswith("stride") else "i32" if name.isupper() else "*bf16"
+        kind = "constexpr" if name in constants else types.get(name, default)
+        several = isinstance(kind, tuple)
+        signature[name] = tuple(plain(x, index, i) for i, x in enumerate(kind)) if several else plain(kind, index)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, attributes
     )
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

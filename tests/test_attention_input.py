@@ -1,18 +1,11 @@
 """The op between the residual stream and attention: against the reference in float64, and how it threads x0."""
 
-import os
-
 import pytest
 import torch
 
 from kernels import reference
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRET
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
-gpu = pytest.mark.gpu
-
-from kernels.attention_input import attention_input  # noqa: E402 (after the interpreter is known)
+from kernels.attention_input import attention_input
+from tests.kernel_tools import error, gpu, interpreted
 
 
 def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip):
@@ -52,10 +45,6 @@ def run(op, case, dtype=None, layers=2):
     grads = [torch.randn(y.shape, generator=generator).to(weight.device, case[2].dtype).to(y.dtype) for y in outputs]
     torch.autograd.backward(outputs, grads)
     return [*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves)]
-
-
-def error(a, b):
-    return ((a.double() - b).norm() / b.norm()).item()
 
 
 @interpreted

@@ -1,30 +1,16 @@
 """linear_cross_entropy(): against float64, interpreted and on a GPU; its registration; its compiled kernels."""
 
-import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-import triton
 
+from kernels import cross_entropy as module
 from kernels import reference
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRET
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the interpreter")
-gpu = pytest.mark.gpu
+from kernels.cross_entropy import linear_cross_entropy as ours
+from kernels.launch import configs
+from tests.aot import compile_for_h100
+from tests.kernel_tools import CUDA, compiled, error, gpu, graphed, interpreted
 
 SOFTCAP = 30.0
-
-
-def ours(*arguments, **options):
-    from kernels.cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(*arguments, **options)
 
 
 def make(count, vocab, dim, dtype, device, spread=1.0, seed=0):
@@ -45,27 +31,11 @@ def run(f, x, weight, targets, upstream=1.0):
     return loss.detach(), x.grad, weight.grad
 
 
-def error(a, b):
-    """Frobenius error relative to the truth. NaN fails every comparison."""
-    return ((a.double() - b).norm() / b.norm()).item()
-
-
-@pytest.fixture
-def poisoned():
-    """Every torch.empty starts as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Launches with several blocks a row and, without gradient, several buffers of rows."""
-    from kernels import cross_entropy as module
-
     config = {"loss": {"BLOCK_V": 32, "num_warps": 1}, "scale": {"BLOCK": 64, "num_warps": 1}, "rows": 3}
-    monkeypatch.setattr(module, "_config", lambda x: config)
+    monkeypatch.setattr(module, "settings", lambda op, device: config)
 
 
 # ------------------------------------------------------------------------------------------- on the CPU, interpreted
@@ -199,61 +169,31 @@ def test_cpu_tensors_are_refused():
 
 
 # -------------------------------------------------------------------------------------- on the CPU, compiled for H100
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-def compile_for_h100(kernel, types, constants, num_warps):
-    """Compile without a GPU; registers, stack bytes, shared memory and SASS."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*"}
-    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constants, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary.asm["cubin"])
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
-        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    return registers, stack, binary.metadata.shared, sass
-
-
 @compiled
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("vocab", [8192, 1024, 1000, 50304])
 def test_loss_kernel_compiles(vocab, gradient):
-    from kernels import cross_entropy as module
-
-    constants = module._launch_options(module._configs("h100")["loss"], vocab)
-    warps = constants.pop("num_warps")
-    types = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "sigmoid_log2": "fp32", "softcap_log2": "fp32"}
-    constants |= {"GRADIENT": gradient}
-    registers, stack, shared, sass = compile_for_h100(module.cross_entropy_kernel, types, constants, warps)
-    assert registers <= 128  # two programs of 8 warps on a multiprocessor
-    assert stack == 0
-    assert shared <= 1024
+    config = module._launch_options(configs("h100")["cross_entropy"]["loss"], vocab)
+    types = {"targets": "*i64", "losses": "*fp32", "sigmoid_log2": "fp32", "softcap_log2": "fp32"}
+    built = compile_for_h100(module.cross_entropy_kernel, types, {"GRADIENT": gradient}, config)
+    assert built.registers <= 128  # two programs of 8 warps on a multiprocessor
+    assert built.stack == 0
+    assert built.shared <= 1024
     if vocab in (1024, 8192):
         # A row is read once, 16 bytes a load, and no exponential is computed a second time.
-        values = constants["BLOCK_V"] // (32 * warps)
-        assert sass.count("LDG.E.128") == values // 8
-        assert sass.count("STG.E.128") == (values // 8 if gradient else 0)
-        assert sass.count("MUFU.EX2") <= 2 * values + 2
+        values = config["BLOCK_V"] // (32 * config["num_warps"])
+        assert built.sass.count("LDG.E.128") == values // 8
+        assert built.sass.count("STG.E.128") == (values // 8 if gradient else 0)
+        assert built.sass.count("MUFU.EX2") <= 2 * values + 2
 
 
 @compiled
-@pytest.mark.parametrize("types", [("*bf16", "*bf16"), ("*fp32", "*bf16")])
-def test_scale_kernel_compiles(types):
-    from kernels import cross_entropy as module
-
-    config = dict(module._configs("h100")["scale"])
-    warps = config.pop("num_warps")
-    types = {"x": types[0], "g": "*fp32", "out": types[1], "scale": "fp32", "size": "i32"}
-    registers, stack, shared, _ = compile_for_h100(module.cross_entropy_scale_kernel, types, config, warps)
-    assert (stack, shared) == (0, 0)
-    assert registers <= 64
+@pytest.mark.parametrize("dtypes", [("*bf16", "*bf16"), ("*fp32", "*bf16")])
+def test_scale_kernel_compiles(dtypes):
+    types = {"x": dtypes[0], "g": "*fp32", "out": dtypes[1], "scale": "fp32", "size": "i32"}
+    built = compile_for_h100(module.cross_entropy_scale_kernel, types, {}, configs("h100")["cross_entropy"]["scale"])
+    assert (built.stack, built.shared) == (0, 0)
+    assert built.registers <= 64
 
 
 # -------------------------------------------------------------------------------------------------------- on a GPU
@@ -294,10 +234,9 @@ class TestGPU:
             assert error(a, c) <= 1.1 * error(b, c) + 1e-6
 
     def test_rows_in_several_buffers(self, monkeypatch):
-        from kernels import cross_entropy as module
-
         x, weight, targets = make(5000, 8192, 512, torch.bfloat16, "cuda")
-        monkeypatch.setattr(module, "_config", lambda x: module._configs("h100") | {"rows": 1024})
+        buffers = configs("h100")["cross_entropy"] | {"rows": 1024}
+        monkeypatch.setattr(module, "settings", lambda op, device: buffers)
         losses = ours(x, weight, targets, SOFTCAP, "none")
         logits = SOFTCAP * torch.tanh((x @ weight.T).double() / SOFTCAP)
         truth = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -332,14 +271,7 @@ class TestGPU:
             (loss * 0.5).backward()
             return loss
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = step()
+        graph, loss = graphed(step)
         fresh = make(1024, 8192, 512, torch.bfloat16, "cuda", seed=7)
         with torch.no_grad():
             for y, z in zip(static, fresh, strict=False):

@@ -1,18 +1,14 @@
 """newton_schulz(): against float64, interpreted on the CPU and on a GPU; its registration; its compiled kernel."""
 
-import os
-
 import pytest
 import torch
 
 from kernels import CLASSIC, POLAR_EXPRESS, reference
+from kernels.launch import configs
 from kernels.newton_schulz import _joined, _plan, newton_schulz, newton_schulz_kernel
 from tests.aot import compile_for_h100
+from tests.kernel_tools import compiled, error, gpu, interpreted
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the interpreter")
-gpu = pytest.mark.gpu
 SEED = [(11, 2048, 512), (11, 512, 2048), (22, 512, 512), (22, 256, 512)]
 TABLES = [(CLASSIC,) * 5, POLAR_EXPRESS]
 
@@ -24,20 +20,6 @@ def make(shapes, dtype, device, scale=1.0, seed=0, joined=True):
     flat = (scale * torch.randn(sum(sizes), generator=generator, device=device)).to(dtype)
     banks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
     return banks if joined else [bank.clone() for bank in banks]
-
-
-def error(a, b):
-    """Frobenius error relative to the truth; NaN fails every comparison."""
-    return ((a.double() - b).norm() / b.norm()).item()
-
-
-@pytest.fixture
-def poisoned():
-    """Every torch.empty starts as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # ------------------------------------------------------------------------------------------- on the CPU, interpreted
@@ -116,9 +98,7 @@ def test_cpu_tensors_are_refused():
 @compiled
 @pytest.mark.parametrize("kind", ["even", "few", "any"])
 def test_compiled_for_h100(kind):
-    from kernels.newton_schulz import _configs
-
-    config = dict(_configs("h100")[kind])
+    config = dict(configs("h100")["newton_schulz"][kind])
     programs = config.pop("per_processor")
     types = {"iterations": "i32", "tile_count": "i32", "counters": "*i32", "tiles": "*i64"}
     types |= {"traces": "*fp32", "coefficients": "*fp32"}

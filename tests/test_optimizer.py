@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,12 +15,11 @@ from gpt.model import GPT
 from gpt.optimizer import Optimizer, coefficients
 from gpt.trainer import lr_factor
 from kernels import CLASSIC, POLAR_EXPRESS, reference, select
+from kernels.launch import configs
+from tests.aot import compile_for_h100
 from tests.golden import GOLDEN, fill
+from tests.kernel_tools import compiled, gpu, interpreted
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the interpreter")
-gpu = pytest.mark.gpu
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
 TINY: dict[str, Any] = {
@@ -233,15 +230,6 @@ def close(found: list[Tensor], wanted: list[Tensor], error: float) -> None:
         assert (a.double() - b).norm() <= error * b.norm()
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Every torch.empty starts as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def check_kernels(device: str, shapes: Any, gradient_dtype: torch.dtype, u_dtype: torch.dtype) -> None:
     """Two steps of each op beside the reference in float64, from the same float32 (or bf16) inputs."""
     from kernels import optimizer as kernels
@@ -370,7 +358,6 @@ def test_errors_of_the_kernels_name_what_was_found() -> None:
 @pytest.mark.parametrize("op", ["momentum", "update", "adamw"])
 def test_kernels_compiled_for_h100(op: str) -> None:
     from kernels import optimizer as kernels
-    from tests.aot import compile_for_h100
 
     four, eight = ("*fp32",) * 4, ("*fp32",) * 8
     scalars = ("average_weight", "beta2", "square_weight", "inverse_correction", "eps", "ema_weight")
@@ -378,26 +365,26 @@ def test_kernels_compiled_for_h100(op: str) -> None:
     cases: dict[str, Any] = {
         "momentum": (
             kernels.muon_momentum_kernel,
-            {"gradients": four, "momenta": four, "clip": "*fp32", "mu": "fp32", "rows": ("i32",) * 4}
-            | {"heights": ("i32",) * 4},
+            {"gradients": four, "momenta": four, "clip": "*fp32", "mu": "fp32", "rows": ("i32:16",) * 4}
+            | {"heights": ("i32:16",) * 4},
             {"COLUMNS": (512, 512, 512, 2048), "ROW_NORM": True},
         ),
         "update": (
             kernels.muon_update_kernel,
-            {"parameters": four, "updates": ("*bf16",) * 4, "emas": four, "sizes": ("i32",) * 4}
+            {"parameters": four, "updates": ("*bf16",) * 4, "emas": four, "sizes": ("i32:16",) * 4}
             | {"rates": ("fp32",) * 4, "shrink": "fp32", "ema_weight": "fp32"},
             {},
         ),
         "adamw": (
             kernels.adamw_update_kernel,
-            {"parameters": eight, "sizes": ("i32",) * 8, "rates": ("fp32",) * 8, "shrinks": ("fp32",) * 8}
+            {"parameters": eight, "sizes": ("i32:16",) * 8, "rates": ("fp32",) * 8, "shrinks": ("fp32",) * 8}
             | flat
             | dict.fromkeys(scalars, "fp32"),
             {},
         ),
     }
     kernel, types, constants = cases[op]
-    built = compile_for_h100(kernel, types, constants, kernels._configs("h100")[op])
+    built = compile_for_h100(kernel, types, constants, configs("h100")["optimizer"][op])
     assert built.stack == 0
     assert built.registers <= 80
     assert "LDG.E.128" in built.sass

@@ -1,44 +1,22 @@
 """Residual mixing, norms, rotary and embedding kernels: against float64, in the interpreter on the CPU and on a GPU;
 their registration; their compiled kernels."""
 
-import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 
-from kernels import reference
+from kernels import embedding, reference, residual, rotary
+from kernels.launch import INTERPRET, configs
+from tests import kernel_tools
+from tests.aot import compile_for_h100
+from tests.kernel_tools import CUDA, compiled, gpu, graphed, interpreted
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRET
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the interpreter")
-gpu = pytest.mark.gpu
 DEVICE = "cuda" if CUDA else "cpu"
 LOW = torch.bfloat16 if CUDA else torch.float16
-
-from kernels import embedding, residual, rotary  # noqa: E402 (after the interpreter is known)
-
-
-@pytest.fixture
-def poisoned():
-    """Every torch.empty starts as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def error(a, b):
-    """Frobenius error relative to the truth, or, where the truth is next to nothing (gradients of a scale that a norm
-    takes out), to unit numbers of its shape. NaN fails every comparison."""
-    norm, unit = b.norm().item(), b.numel() ** 0.5
-    return (a.double() - b).norm().item() / (norm if norm > 1e-3 * unit else unit)
+# Gradients of a scale that a norm takes out are next to nothing: their errors are those of unit numbers.
+error = partial(kernel_tools.error, least=1e-3)
 
 
 def allowed(limit, eager, truth):
@@ -315,47 +293,13 @@ def test_cpu_tensors_are_refused():
 
 
 # -------------------------------------------------------------------------------------- on the CPU, compiled for H100
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = (
+TYPES = (
     dict.fromkeys(("places", "tokens"), "*i64") | dict.fromkeys(("first", "last"), "*i32")
-    | {"ordered": "*i16", "starts": "*u8"}
+    | {"ordered": "*i16", "starts": "*u8", "scale": "fp32", "T": "i32:16"}
     | dict.fromkeys(("mix", "skip_weight", "skip_gate", "rstd", "partial", "gain", "cos", "sin", "row_scale", "inv_rms",
                      "weight", "gate", "dweight", "slots"), "*fp32")
 )  # fmt: skip
-NUMBERS = {"M": "i32", "T": "i32", "V": "i32", "scale": "fp32"}
-DIVISIBLE = ("stride_raw", "stride_out", "stride_grad", "T")
-
-
-def compile_for_h100(kernel, config, **constants):
-    """Compile without a GPU; registers, stack bytes, shared memory and SASS."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {"num_warps": config.pop("num_warps")}
-    constants |= {name: value for name, value in config.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("stride") or name in NUMBERS:
-            signature[name] = NUMBERS.get(name, "i32")
-        else:
-            signature[name] = POINTERS.get(name, "*bf16")
-        if signature[name].startswith("*") or name in DIVISIBLE:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary.asm["cubin"])
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
-        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    return registers, stack, binary.metadata.shared, sass
-
-
-def h100(op, name):
-    return dict(residual._configs("h100")[op][name])
+H100 = configs("h100")
 
 
 @compiled
@@ -373,27 +317,23 @@ def test_residual_kernels_compile(dim, skip):
             (residual.norm_bwd_kernel, "norm_backward", {}, 64),
         ]
     for kernel, name, constants, limit in cases:
-        config = h100("residual", name)
-        config |= residual.tile(config, dim)
-        registers, stack, shared, sass = compile_for_h100(kernel, config, **constants)
-        assert registers <= limit
-        assert stack == 0
-        assert shared <= 32 * 1024
-        assert "LDG.E.128" in sass
-        assert "STG.E.128" in sass
+        built = compile_for_h100(kernel, TYPES, constants, residual.tile(H100["residual"][name], dim))
+        assert built.registers <= limit
+        assert built.stack == 0
+        assert built.shared <= 32 * 1024
+        assert "LDG.E.128" in built.sass
+        assert "STG.E.128" in built.sass
 
 
 @compiled
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128])
 def test_rotary_kernels_compile(dim):
     for kernel, name in ((rotary.qkv_fwd_kernel, "forward"), (rotary.qkv_bwd_kernel, "backward")):
-        config = h100("rotary", name)
-        config |= rotary._shape(config, 8, 4, 16, dim, 8)
-        registers, stack, _, sass = compile_for_h100(kernel, config)
-        assert registers <= 255
-        assert stack == 0
-        assert "LDG.E.128" in sass
-        assert "STG.E.128" in sass
+        built = compile_for_h100(kernel, TYPES, {}, rotary._shape(H100["rotary"][name], 8, 4, 16, dim, 8))
+        assert built.registers <= 255
+        assert built.stack == 0
+        assert "LDG.E.128" in built.sass
+        assert "STG.E.128" in built.sass
 
 
 @compiled
@@ -404,30 +344,18 @@ def test_embedding_kernels_compile(documents):
         (embedding.embed_bwd_runs_kernel, "runs"),
         (embedding.embed_bwd_split_kernel, "split"),
     ):
-        config = h100("embedding", name)
-        shape = residual.tile(config, 512) if "TILE" in config else embedding._row(512)
-        config = {"PIECE": h100("embedding", "runs")["PIECE"]} | config | shape
-        absent = {} if documents or name == "split" else {"starts": None}
-        registers, stack, _, sass = compile_for_h100(kernel, config, **absent)
-        assert registers <= 255
-        assert stack == 0
-        assert "LDG.E.128" in sass
+        config = H100["embedding"][name]
+        config = residual.tile(config, 512) if name == "split" else config | embedding._row(512)
+        constants = {"PIECE": H100["embedding"]["runs"]["PIECE"]} if name == "split" else {}
+        if name != "split" and not documents:
+            constants["starts"] = None
+        built = compile_for_h100(kernel, TYPES, constants, config)
+        assert built.registers <= 255
+        assert built.stack == 0
+        assert "LDG.E.128" in built.sass
 
 
 # -------------------------------------------------------------------------------------------------------- on a GPU
-def graphed(step):
-    """Warm `step` up on a side stream and capture it; the graph and what it returns."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-    return graph, out
-
-
 @gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 class TestGPU:
