@@ -74,7 +74,7 @@ def run_qkv(x, g, starts, heads, kv_heads, dim, deterministic=False):
 # ------------------------------------------------------------------------------------------- on the CPU, interpreted
 @interpreted
 @pytest.mark.parametrize("documents", [None, 0.06, 1.0])
-@pytest.mark.parametrize("shape", [(2, 70, 4, 2, 16), (1, 33, 3, 3, 32), (1, 1, 2, 1, 16), (1, 65, 4, 1, 16)])
+@pytest.mark.parametrize("shape", [(2, 37, 4, 2, 16), (1, 33, 3, 3, 32), (1, 1, 2, 1, 16), (1, 65, 2, 1, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_interpreted_values(shape, documents, dtype, poisoned):
     x, g, starts = make(*shape, dtype, "cpu", documents)
@@ -86,7 +86,7 @@ def test_interpreted_values(shape, documents, dtype, poisoned):
 
 @interpreted
 @pytest.mark.parametrize("documents", [None, 0.06])
-@pytest.mark.parametrize("shape", [(2, 70, 4, 2, 16), (1, 33, 3, 3, 32)])
+@pytest.mark.parametrize("shape", [(2, 37, 4, 2, 16), (1, 33, 3, 3, 32)])
 def test_interpreted_packed(shape, documents, poisoned):
     x, g, starts = make(*shape, torch.float32, "cpu", documents)
     truth = run(torch_attention, x.double(), g.double(), starts, *shape[2:])
@@ -113,12 +113,12 @@ def test_sums_of_grad_q_are_put_in_order():
 
 @interpreted
 def test_registration():
-    x, _, starts = make(1, 20, 4, 2, 16, torch.float32, "cpu", 0.2)
-    q, k, v = (y.unflatten(-1, (-1, 16)).requires_grad_() for y in x.split([64, 32, 32], -1))
+    x, _, starts = make(1, 8, 2, 1, 16, torch.float32, "cpu", 0.2)
+    q, k, v = (y.unflatten(-1, (-1, 16)).requires_grad_() for y in x.split([32, 16, 16], -1))
     for document_starts in (None, starts):
         torch.library.opcheck(torch.ops.golf.attention.default, (q, k, v, document_starts, False))
         qkv = x.unflatten(-1, (-1, 16)).requires_grad_()
-        torch.library.opcheck(torch.ops.golf.attention_qkv.default, (qkv, 2, document_starts, False))
+        torch.library.opcheck(torch.ops.golf.attention_qkv.default, (qkv, 1, document_starts, False))
 
 
 @interpreted
@@ -160,8 +160,7 @@ TYPES |= {"T_PAD": "i32:16"} | dict.fromkeys(("heads", "kv_heads", "chunk", "til
 
 
 @compiled
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("dim", [16, 32, 64])
+@pytest.mark.parametrize(("dim", "documents"), [(32, True), (64, False), (64, True)])
 @pytest.mark.parametrize(("name", "limit"), [("forward", 0), ("prepare", 0), ("grad_kv", 640), ("grad_q", 0)])
 def test_portable_kernels_compile(name, limit, dim, documents):
     config = dict(configs("h100")["attention"][str(dim)][name])

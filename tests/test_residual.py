@@ -161,11 +161,10 @@ def check_embed(batch, length, vocab, dim, documents, dtype, limit=None):
 
 # ------------------------------------------------------------------------------------------- on the CPU, interpreted
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dim", [16, 48, 528])
+@pytest.mark.parametrize(("dim", "dtype"), [(16, torch.float32), (80, torch.float16), (272, torch.float32)])
 class TestInterpreted:
     @pytest.mark.parametrize("skip", [False, True])
-    @pytest.mark.parametrize("rows", [1, 37])
+    @pytest.mark.parametrize("rows", [1, 27])  # 27: at 272 more blocks than programs
     def test_residual_mix(self, rows, dim, skip, dtype, poisoned):
         check_layer((rows, dim), skip, False, dtype, bound(dtype))
         check_layer((rows, dim), skip, True, dtype, bound(dtype))
@@ -326,7 +325,7 @@ def test_residual_kernels_compile(dim, skip):
 
 
 @compiled
-@pytest.mark.parametrize("dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("dim", [32, 64, 128])
 def test_rotary_kernels_compile(dim):
     for kernel, name in ((rotary.qkv_fwd_kernel, "forward"), (rotary.qkv_bwd_kernel, "backward")):
         built = compile_for_h100(kernel, TYPES, {}, rotary._shape(H100["rotary"][name], 8, 4, 16, dim, 8))
