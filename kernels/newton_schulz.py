@@ -256,8 +256,8 @@ def _(flat, sizes, coefficients):
 # ---------------------------------------------------------------------------------------------------------- public
 def _joined(banks: Sequence[torch.Tensor]) -> torch.Tensor:
     """The banks in one buffer: the one they are views of, where they lie in it one after the other."""
-    first, end = banks[0], banks[0].storage_offset()
     if not torch.compiler.is_compiling():
+        first, end = banks[0], banks[0].storage_offset()
         for bank in banks:
             if bank.storage_offset() != end or bank.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
                 break

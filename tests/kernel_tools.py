@@ -1,7 +1,11 @@
 """What the tests of kernels share: where a test runs, the error of a result, a step as a CUDA graph."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.launch import INTERPRET
 
@@ -11,14 +15,14 @@ compiled = pytest.mark.skipif(INTERPRET, reason="needs the compiler, not the int
 gpu = pytest.mark.gpu
 
 
-def error(a, b, least=0.0):
+def error(a: Tensor, b: Tensor, least: float = 0.0) -> float:
     """Frobenius error relative to the truth b or, where that is less than `least` times unit numbers of its shape, to
     those. NaN fails every comparison."""
     norm, unit = b.norm().item(), b.numel() ** 0.5
-    return (a.double() - b).norm().item() / (norm if norm > least * unit else unit)
+    return float((a.double() - b).norm().item() / (norm if norm > least * unit else unit))
 
 
-def graphed(step):
+def graphed(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Warm `step` up on a side stream and capture it; the graph and what it returns."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -232,6 +232,7 @@ class TestGPU:
             ((1, 777, 3, 3, 64), torch.bfloat16),
             ((2, 777, 8, 4, 64), torch.float16),
             ((1, 777, 8, 4, 128), torch.bfloat16),
+            ((2, 777, 6, 3, 32), torch.bfloat16),
         ],
     )
     def test_shapes(self, shape, dtype, documents, poisoned):

@@ -373,7 +373,14 @@ class TestGPU:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(
-        "shape", [(2, 2048, 8, 4, 64, 16), (3, 333, 8, 4, 64, 64), (1, 1, 3, 3, 64, 16), (1, 777, 5, 1, 128, 32)]
+        "shape",
+        [
+            (2, 2048, 8, 4, 64, 16),
+            (3, 333, 8, 4, 64, 64),
+            (1, 1, 3, 3, 64, 16),
+            (1, 777, 5, 1, 128, 32),
+            (3, 333, 6, 3, 32, 16),
+        ],
     )
     def test_rotary(self, shape, dtype, poisoned):
         check_qkv(*shape, dtype)

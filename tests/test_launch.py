@@ -1,0 +1,53 @@
+"""What launchers share: configurations and the checks of arguments. Nothing here needs a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import launch
+from tests.kernel_tools import compiled, interpreted
+
+FOLDER = Path(launch.__file__).parent / "configs"
+
+
+def test_generic_stands_in_for_what_was_not_measured() -> None:
+    generic, h100 = (json.loads((FOLDER / f"{name}.json").read_text()) for name in ("generic", "h100"))
+    both = launch.configs("h100")
+    for op in generic.keys() - {"gpu"}:
+        for kernel, wanted in (generic[op] | h100[op]).items():
+            assert both[op][kernel] == wanted
+    assert both["attention"].keys() == {str(dim) for dim in launch.HEAD_DIMS}
+    assert launch.settings("attention", torch.device("cpu"))["64"] == generic["attention"]["64"]
+
+
+def test_configurations_cannot_be_changed_by_who_launches() -> None:
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        launch.settings("matmul", torch.device("cpu"))["portable"]["BLOCK_M"] = 1
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 3), r"op wants x \(2, 4\) torch.float32; got \(2, 3\) torch.float32"),
+        (torch.zeros(2, 4).double(), r"op wants x \(2, 4\) torch.float32; got \(2, 4\) torch.float64"),
+        (torch.zeros(4, 2).T, r"op wants x contiguous .* strides \(1, 2\)"),
+    ],
+)
+def test_errors_name_what_was_found(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.expect("op", absent=(None, (1,), torch.float32), x=(x, (2, 4), torch.float32))
+
+
+@interpreted
+def test_one_device() -> None:
+    launch.expect_one_gpu("op", {"a": None, "b": torch.zeros(1), "c": torch.zeros(1)})
+    with pytest.raises(ValueError, match="got b on cpu, c on meta"):
+        launch.expect_one_gpu("op", {"a": None, "b": torch.zeros(1), "c": torch.zeros(1, device="meta")})
+
+
+@compiled
+def test_a_gpu_or_the_interpreter() -> None:
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        launch.expect_one_gpu("op", {"a": torch.zeros(1)})
