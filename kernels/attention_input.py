@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from kernels import matmul, residual, rotary
+from kernels.launch import DTYPES, expect
+from kernels.rotary import expect_rotary
 
 
 @torch.library.custom_op("golf::attention_input", mutates_args=())
@@ -33,16 +35,15 @@ def attention_input_op(
     x: Tensor, x0: Tensor, mix: Tensor, skip: Tensor | None, skip_weight: Tensor | None, skip_gate: Tensor | None,
     weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """qkv (B, T, H + 2 G, d), mixed x (B, T, D), row factor of v (B T,) and 1 / rms of each q and k head, float32."""
+    """qkv (B, T, H + 2 G, d), mixed x (B, T, D), and float32 1 / rms of its rows (B T,) and of each q and k head."""
     batch, length, dim = x.shape
     heads = gain.size(0)
     head_dim = dim // heads
     kv_heads = (weight.size(0) // head_dim - heads) // 2
     flat_skip = None if skip is None else skip.view(-1, dim)
     mixed, rstd = residual.mix_forward(x.view(-1, dim), x0.view(-1, dim), mix, flat_skip, skip_weight, skip_gate)
-    row_scale = rstd * scale
-    qkv, inverse = matmul.qkv_forward(mixed, weight, row_scale, gain, cos, sin, kv_heads, length)
-    return qkv.view(batch, length, -1, head_dim), mixed.view_as(x), row_scale, inverse
+    qkv, inverse = matmul.qkv_forward(mixed, weight, rstd * scale, gain, cos, sin, kv_heads, length)
+    return qkv.view(batch, length, -1, head_dim), mixed.view_as(x), rstd, inverse
 
 
 @attention_input_op.register_fake
@@ -53,15 +54,15 @@ def _(x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale):
     total = weight.shape[0] // head_dim
     rows = batch * length
     qkv = x.new_empty((batch, length, total, head_dim))
-    row_scale = x.new_empty(rows, dtype=torch.float32)
-    return qkv, torch.empty_like(x), row_scale, x.new_empty((rows, (total + heads) // 2), dtype=torch.float32)
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    return qkv, torch.empty_like(x), rstd, x.new_empty((rows, (total + heads) // 2), dtype=torch.float32)
 
 
 @torch.library.custom_op("golf::attention_input_backward", mutates_args=())
 def attention_input_backward_op(
     dqkv: Tensor, dy: Tensor, dx0: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor, skip: Tensor | None,
     skip_weight: Tensor | None, skip_gate: Tensor | None, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-    qkv: Tensor, mixed: Tensor, row_scale: Tensor, inverse: Tensor, scale: float,
+    qkv: Tensor, mixed: Tensor, rstd: Tensor, inverse: Tensor, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, x0, mix, weight, gain; then of skip, its weight and its gate, if any. dx0: what x0 has so far."""
     length, dim = x.shape[1:]
@@ -70,12 +71,12 @@ def attention_input_backward_op(
     dy_rows, x_rows, x0_rows, dx0_rows, skip_rows, mixed_rows = rows
     packed = (-1, heads + 2 * kv_heads, dim // heads)
     draw, dgain = rotary.qkv_backward(
-        dqkv.view(packed), qkv.view(packed), gain, cos, sin, inverse, row_scale, kv_heads, length
+        dqkv.view(packed), qkv.view(packed), gain, cos, sin, inverse, rstd * scale, kv_heads, length
     )
     draw = draw.view(-1, weight.size(0))
     dweight, g = torch.mm(draw.t(), mixed_rows), torch.mm(draw, weight)
     dx, dskip, dx0_out, dmix, dskip_weight, dskip_gate = residual.mix_backward(
-        g, row_scale / scale, dy_rows, x_rows, x0_rows, dx0_rows, mix, skip_rows, skip_weight, skip_gate
+        g, rstd, dy_rows, x_rows, x0_rows, dx0_rows, mix, skip_rows, skip_weight, skip_gate
     )
     grads = [dx.view_as(x), dx0_out.view_as(x), dmix.clone(), dweight, dgain.clone()]
     if dskip is not None and dskip_weight is not None and dskip_gate is not None:
@@ -94,12 +95,12 @@ class _AttentionInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale):
-        qkv, mixed, row_scale, inverse = torch.ops.golf.attention_input(
+        qkv, mixed, rstd, inverse = torch.ops.golf.attention_input(
             x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale
         )
         ctx.scale = scale
         ctx.save_for_backward(
-            x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, qkv, mixed, row_scale, inverse
+            x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, qkv, mixed, rstd, inverse
         )
         ctx.set_materialize_grads(False)
         return qkv, mixed, x0
@@ -137,22 +138,26 @@ def attention_input(
             f"got x {tuple(x.shape)}, x0 {tuple(x0.shape)}, gain {tuple(gain.shape)}"
         )
     head_dim = x.size(-1) // gain.size(0)
-    if (
-        weight.dim() != 2
-        or weight.size(1) != x.size(-1)
-        or (weight.size(0) // head_dim - gain.size(0)) % 2
-        or weight.size(0) <= x.size(-1)
-        or weight.size(0) % head_dim
-    ):
+    rows = weight.size(0)
+    if weight.dim() != 2 or rows <= x.size(-1) or (rows - x.size(-1)) % (2 * head_dim) or weight.size(1) != x.size(-1):
         raise ValueError(
             f"attention_input wants weight ((H + 2 G) {head_dim}, {x.size(-1)}) for H = {gain.size(0)} heads of "
             f"{head_dim} and any G; got {tuple(weight.shape)}"
         )
-    if weight.dtype != x.dtype or not weight.is_contiguous():
-        raise ValueError(
-            f"attention_input wants a contiguous weight of x's dtype {x.dtype}; "
-            f"got {weight.dtype} with strides {weight.stride()}"
-        )
+    expect(
+        "attention_input",
+        x=(x, x.shape, DTYPES),
+        x0=(x0, x.shape, x.dtype),
+        mix=(mix, (2, x.size(-1)), torch.float32),
+        weight=(weight, weight.shape, x.dtype),
+    )
+    expect_rotary("attention_input", head_dim, gain, cos, sin, x.size(1))
+    # torch.compile takes a tensor only once among the inputs of a Function: x is x0 in the first layer, and what was
+    # saved last in the first layer that has a skip.
+    if x is x0:
+        x = x.view_as(x)
+    if skip is not None and skip[0] is x:
+        skip = (x.view_as(x), *skip[1:])
     outputs: tuple[Tensor, Tensor, Tensor] = _AttentionInput.apply(
         x, x0, mix, *(skip or (None, None, None)), weight, gain, cos, sin, scale
     )

@@ -162,12 +162,15 @@ def _backward(grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, queries, 
     return None if gain is None else column_sum(partial)[:queries]
 
 
-def _expect(op: str, dim: int, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **others) -> None:
+def expect_rotary(op: str, dim: int, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int, **others):
+    """Raise ValueError unless heads of `dim` can be rotated by these angles at `length` positions; others: `expect`."""
     half = cos.shape[-1]
     if dim not in HEAD_DIMS:
         raise ValueError(f"{op} wants a head dimension among {HEAD_DIMS}; got {dim}")
     if cos.dim() != 2 or half < 1 or half & (half - 1) or 2 * half > dim:
         raise ValueError(f"{op} wants cos (T, R/2), R a power of two up to the head's {dim}; got {tuple(cos.shape)}")
+    if cos.shape[0] < length:
+        raise ValueError(f"{op} wants cos of at least {length} positions; got {tuple(cos.shape)}")
     floats = torch.float32
     expect(
         op, gain=(gain, (gain.numel(),), floats), cos=(cos, cos.shape, floats), sin=(sin, cos.shape, floats), **others
@@ -179,13 +182,12 @@ def _expect_packed(op, qkv, gain, cos, sin, row_scale, kv_heads, length, **other
         raise ValueError(
             f"{op} wants qkv (M, H + 2G, D) with H = {gain.numel()} of gain and G = {kv_heads}; got {tuple(qkv.shape)}"
         )
-    _expect(
-        op, qkv.shape[-1], gain, cos, sin, qkv=(qkv, qkv.shape, DTYPES),
+    expect_rotary(
+        op, qkv.shape[-1], gain, cos, sin, length, qkv=(qkv, qkv.shape, DTYPES),
         row_scale=(row_scale, qkv.shape[:1], torch.float32), **others,
     )  # fmt: skip
-    if cos.shape[0] < length or qkv.shape[0] % length:
-        raise ValueError(f"{op} wants M a multiple of T and cos of T rows; got M {qkv.shape[0]}, T {length}, "
-                         f"cos {tuple(cos.shape)}")  # fmt: skip
+    if qkv.shape[0] % length:
+        raise ValueError(f"{op} wants M a multiple of T; got M {qkv.shape[0]}, T {length}")
 
 
 def qkv_forward(
@@ -304,6 +306,6 @@ def qk_norm_rotary(
         )
     if q.dtype not in DTYPES:
         raise ValueError(f"qk_norm_rotary wants q and k of a dtype among {DTYPES}; got {q.dtype}")
-    _expect("qk_norm_rotary", q.shape[-1], gain, cos, sin)
+    expect_rotary("qk_norm_rotary", q.shape[-1], gain, cos, sin, q.shape[1])
     expect_one_gpu("qk_norm_rotary", {"q": q, "k": k, "gain": gain})
     return torch.ops.golf.qk_norm_rotary(q, k, gain, cos, sin)[:2]

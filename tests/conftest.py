@@ -38,7 +38,7 @@ def poisoned() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return
     for item in items:
         if "gpu" in item.keywords:

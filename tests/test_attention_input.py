@@ -82,8 +82,25 @@ def test_bad_input_is_named():
         attention_input(streams[0], streams[1][:, :3], mix, None, weight, gain, *rotary, 1.0)
     with pytest.raises(ValueError, match=r"weight \(\(H \+ 2 G\) 16, 32\).*got \(48, 32\)"):
         attention_input(*streams, mix, None, weight[:48], gain, *rotary, 1.0)
-    with pytest.raises(ValueError, match=r"contiguous weight"):
+    with pytest.raises(ValueError, match=r"weight \(64, 32\) torch.float32; got .* torch.float16"):
         attention_input(*streams, mix, None, weight.half(), gain, *rotary, 1.0)
+    with pytest.raises(ValueError, match=r"cos of at least 4 positions; got \(3, 4\)"):
+        attention_input(*streams, mix, None, weight, gain, *(table[:3] for table in rotary), 1.0)
+
+
+@interpreted
+@pytest.mark.parametrize("skip", [False, True])
+def test_registration(skip):
+    streams, floats, weight, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", skip)
+    mix, gain, *vectors = floats
+    inputs = (*streams[:2], mix, *((streams[2], *vectors) if skip else (None,) * 3), weight, gain, *rotary)
+    saved = torch.ops.golf.attention_input(*inputs, 0.5)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.golf.attention_input.default, (*inputs, 0.5), test_utils=checks)
+    for dx0 in (None, torch.randn_like(streams[0])):
+        gradients = (torch.randn_like(saved[0]), torch.randn_like(streams[0]), dx0)
+        backward = torch.ops.golf.attention_input_backward.default
+        torch.library.opcheck(backward, (*gradients, *inputs, *saved, 0.5), test_utils=checks)
 
 
 @gpu
