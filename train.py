@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> int:
 def run_job(config: Config, resumed: Path | None, ranks: Ranks) -> None:
     """The whole job of one run, on every rank. What can be refused is refused before the run has a folder."""
     ops = select(config.kernels, ranks.device)
+    model = GPT(config, ops, ranks.dtype)
     config.accumulation(ranks.world_size)
     tokenizer = Tokenizer(config.tokenizer_path)
     tokenizer.require(config.vocab_size)
@@ -67,7 +68,7 @@ def run_job(config: Config, resumed: Path | None, ranks: Ranks) -> None:
             model, text, depth, ranks, context=config.context, stride=stride, batch_tokens=config.val_batch_size
         )
 
-    model = GPT(config, ops, ranks.dtype).initialise(config.seed).to(ranks.device)
+    model = model.initialise(config.seed).to(ranks.device)
     trainer = Trainer(model, config, run, ranks, text.lengths.float().mean().item())
     warmup_seconds = trainer.warm_up()
     trained = trainer.train(validate=lambda depth: scored(model, depth, config.context))

@@ -33,11 +33,13 @@ class GPT(nn.Module):
     Shapes, with L layers, D model_dim, H heads of d, G KV heads, S skips: tok_emb (vocab, D); qo_bank (2L, D, D), q's
     then o's; kv_bank (2L, G d, D), k's then v's; mlp_up_bank (L, F, D); mlp_down_bank (L, D, F); smear_gate (D,);
     skip_weights and skip_gates (S, D); attn_scale and mlp_scale (L, D); resid_mix (L, 2, D); q_gain (L, H).
+    Raises KernelError where the ops do not take these sizes.
     """
 
     def __init__(self, config: Config, ops: Ops, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.ops, self.dtype = config, ops, dtype
+        ops.require(config.model_dim, config.head_dim, config.rope_dims, config.logit_softcap)
         layers, dim, kv_dim = config.num_layers, config.model_dim, config.num_kv_heads * config.head_dim
         self.tok_emb = nn.Parameter(torch.zeros(config.vocab_size, dim))
         self.qo_bank = nn.Parameter(torch.zeros(2 * layers, dim, dim))

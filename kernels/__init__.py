@@ -1,7 +1,7 @@
 """Ops of the model: tensors in, tensors out. This is the one place where an implementation is picked.
 
-    ops = select("auto", device)      # or "reference", "compiled", "compiled,attention=reference"
-    y = ops.attention(q, k, v)
+    ops = select("auto", device)      # or "reference", "compiled", "compiled,attention=triton"
+    y = ops.mlp(x, up, down, scale)
 
 `kernels.reference` is the specification of every op; docs of an op are there.
 """
@@ -52,6 +52,22 @@ class Ops:
     int6_linear: Op
     graph: Callable[[Op], Op]
     names: dict[str, str]
+
+    def require(self, model_dim: int, head_dim: int, rope_dims: int, softcap: float) -> None:
+        """Raise KernelError where Triton kernels were chosen that do not take a model of these sizes."""
+        chosen = {op for op, implementation in self.names.items() if implementation == "triton"}
+        limits = (
+            ({"attention", "attention_input"}, head_dim in (16, 32, 64, 128), f"heads of {head_dim}",
+             "16, 32, 64 or 128"),
+            ({"attention_input"}, (rope_dims // 2).bit_count() == 1, f"rope_dims={rope_dims}", "twice a power of two"),
+            ({"attention_input", "embed", "mlp", "rms_norm"}, model_dim % 16 == 0 and model_dim <= 1024,
+             f"model_dim={model_dim}", "a multiple of 16 up to 1024"),
+            ({"linear_cross_entropy"}, 0 < softcap <= 64, f"logit_softcap={softcap}", "at most 64"),
+        )  # fmt: skip
+        for ops, met, found, wanted in limits:
+            if not met and ops & chosen:
+                names = ", ".join(sorted(ops & chosen))
+                raise KernelError(f"{found}: the Triton kernels of {names} want {wanted}; or kernels=compiled")
 
     def describe(self) -> str:
         """One line an op: its name and the implementation in use."""

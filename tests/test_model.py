@@ -270,6 +270,16 @@ def test_an_explicit_choice_of_kernels_never_falls_back(monkeypatch: pytest.Monk
     with pytest.raises(KernelError, match="no triton implementation of int6_linear"):
         select("triton", torch.device("cuda"))
     assert select("auto", torch.device("cuda")).names["mlp"] == "triton"
+    limits = (
+        ({"num_heads": 1, "num_kv_heads": 1, "model_dim": 256}, "heads of 256.*attention, attention_input"),
+        ({"num_heads": 3, "num_kv_heads": 3, "model_dim": 72}, "heads of 24"),
+        ({"logit_softcap": 80.0}, "logit_softcap=80.0.*linear_cross_entropy want at most 64"),
+    )
+    for settings, found in limits:
+        config = tiny(**{"rope_dims": 8, "model_dim": 64, **settings})
+        with pytest.raises(KernelError, match=found):
+            GPT(config, select("auto", torch.device("cuda")))
+        GPT(config, select("reference", CPU))
     with pytest.raises(KernelError, match="Triton kernels run on a GPU; found device cpu"):
         select("compiled,attention=triton", CPU)
     assert select("compiled,attention=triton", torch.device("cuda")).names["attention"] == "triton"
