@@ -78,7 +78,8 @@ class Trainer:
                     )
                     self._backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depth)
                 self.optimizer.step(0, 1.0)
-        collect_hessians(self.model, depth, [tokens[:, :-1]], self.ranks)  # calibration, too, is on the clock
+        tokens = tokens[:, :-1].contiguous()
+        collect_hessians(self.model, depth, [tokens], self.ranks)  # calibration, too, is on the clock
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters(), weights, strict=True):
                 parameter.copy_(saved)

@@ -147,12 +147,19 @@ def select(choice: str, device: torch.device) -> Ops:
     for implementation in chosen.values():
         if implementation not in IMPLEMENTATIONS:
             raise KernelError(f"kernels={choice}: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    if base != "reference" and device.type == "cpu" and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
+    if (
+        "compiled" in chosen.values()
+        and device.type == "cpu"
+        and not any(map(which, (os.environ.get("CXX", "g++"), "clang++")))
+    ):
         raise KernelError(
             f"kernels={choice}: torch.compile wants a C++ compiler on a CPU; found neither g++ nor clang++"
         )
-    if "triton" in chosen.values() and device.type != "cuda":
-        raise KernelError(f"kernels={choice}: Triton kernels run on a GPU; found device {device.type}")
+    if "triton" in chosen.values() and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise KernelError(
+            f"kernels={choice}: Triton kernels run on a GPU, or interpreted with TRITON_INTERPRET=1; "
+            f"found device {device.type}"
+        )
     tables = {implementation: IMPLEMENTATIONS[implementation]() for implementation in set(chosen.values())}
     missing = [op for op, implementation in chosen.items() if op not in tables[implementation]]
     if missing:

@@ -100,6 +100,26 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     return runs / "whole", done.stdout
 
 
+def test_triton_kernels_train_the_same_model(tmp_path: Path) -> None:
+    """The whole program on the kernels that a GPU gets, interpreted: warm-up, a step, calibration, scoring."""
+    shutil.copy(SAMPLE / "fineweb_train_000000.bin", tmp_path)
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array(open_shard(SAMPLE / "fineweb_val_000000.bin")[:100]))
+    tiny = {
+        "NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "RECUR_LAYERS": "",
+        "ROPE_DIMS": "8", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "64", "MICRO_BATCH_TOKENS": "64",
+        "VAL_BATCH_SIZE": "128", "EVAL_STRIDE": "16", "ITERATIONS": "1", "VAL_LOSS_EVERY": "1", "DEVICE": "cpu",
+        "GPTQ_CALIBRATION_BATCHES": "1", "TRITON_INTERPRET": "1",
+    }  # fmt: skip
+    curves = []
+    for name, kernels in (("plain", "reference"), ("triton", "triton,int6_linear=reference")):
+        done = train(small(tmp_path, tmp_path, name, KERNELS=kernels, **tiny))
+        assert done.returncode == 0, done.stdout + done.stderr
+        scores = json.loads((tmp_path / name / "summary.json").read_text())["scores"]
+        curve = metrics(tmp_path / name, "train_loss", "gradient_norm", "val_loss")
+        curves.append([*(value for line in curve for value in line), *(scores[key]["bpb"] for key in sorted(scores))])
+    assert curves[1] == pytest.approx(curves[0], rel=2e-4)
+
+
 def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> None:
     run, printed = whole
     names = {path.name for path in run.iterdir()}
