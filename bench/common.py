@@ -7,7 +7,8 @@ import json
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gpt.record import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
+_written: set[Path] = set()  # result files of this process
 
 
 def short_name(device: str) -> str:
@@ -54,6 +56,23 @@ def ceilings() -> dict[str, float]:
     }
 
 
+@contextmanager
+def peer(name: str) -> Iterator[None]:
+    """Where a peer fails, say so and go on; ours, `triton` and its variants, ends the run."""
+    try:
+        yield
+    except Exception as failure:
+        if name.startswith("triton"):
+            raise
+        print(f"{name}: left out: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+
+
+def relative_errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:  # one a pair, float64
+    """Relative Frobenius errors, kept in a tensor: its max() is NaN where one of them is, Python's drops it."""
+    each = [(a.double() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+    return torch.stack(each).cpu()
+
+
 def read_tokens(path: Path, count: int) -> Tensor:  # (count,) int64
     """The first tokens of a shard. Raises ValueError where it has fewer."""
     found = (path.stat().st_size - 1024) // 2
@@ -71,9 +90,10 @@ def document_starts(tokens: Tensor) -> Tensor:  # (B, T) -> (B, T) int32
 def write_result(
     bench: str, command: str, measured: dict[str, float], rows: Sequence[dict[str, Any]], path: Path | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Write bench/results/<bench>-<gpu>.json (or `path`). Returns it and its rows.
+    """Write bench/results/<bench>-<gpu>.json (or `path`). Returns it and its rows, each with its own `ceiling`.
 
-    Rows of a commit before are dropped; of the same commit, those of ops and cases not measured again are kept.
+    Rows of ops and cases not measured again are kept where this process wrote them, or the same clean commit on the
+    same card with the same versions; all others are dropped.
     """
     import triton
 
@@ -91,15 +111,47 @@ def write_result(
         "ceilings": measured,
     }
     kept: list[dict[str, Any]] = []
-    if path.exists() and (before := json.loads(path.read_text()))["commit"] == record["commit"]:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    clean = record["commit"] and not record["commit"].endswith("-dirty")
+    same = all(before.get(key) == record[key] for key in ("bench", "gpu", "torch", "triton", "commit"))
+    if path.resolve() in _written or (same and clean):
         again = {(row["op"], row["case"]) for row in rows}
         kept = [row for row in before["rows"] if (row["op"], row["case"]) not in again]
-        if before["command"] != command:
-            record["command"] = f"{before['command']}; {command}"
-    whole = [*kept, *rows]
+        commands = before["command"].split("; ")
+        record["command"] = "; ".join(commands if command in commands else [*commands, command])
+    whole = [*kept, *(row | {"ceiling": measured} for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(record | {"rows": whole}, indent=1) + "\n").encode())
+    _written.add(path.resolve())
     return path, whole
+
+
+def draw_panels(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """A panel an op and case: milliseconds of each implementation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((row["op"], row["case"]), []).append(row)
+    columns = 4
+    figure = Figure(figsize=(14, 1.9 * -(-len(panels) // columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    for axis, ((op, case), panel) in zip(axes, panels.items(), strict=False):
+        names = [row["impl"] for row in panel]
+        colors = [COLORS[0] if name.startswith("triton") else COLORS[6] for name in names]
+        axis.barh(names, [row["ms"] for row in panel], color=colors)
+        for index, row in enumerate(panel):
+            percent = "" if row["percent_of_ceiling"] is None else f", {row['percent_of_ceiling']:.0f}%"
+            axis.text(0, index, f" {row['ms']:.3f} ms{percent}", va="center", fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(f"{op}, {case}", fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 def commit() -> str:

@@ -53,7 +53,7 @@ def run(config: Config, kernels: str, ranks: Ranks, steps: int) -> dict[str, Any
     switch = config.recur_start_step
     ms = [round(statistics.median(part), 2) for part in (times[:switch], times[switch:])]
     return {
-        "op": "training_step", "case": f"{steps}-steps", "impl": kernels, "seed": config.seed,
+        "op": "convergence", "case": f"{steps}-steps", "impl": kernels, "seed": config.seed,
         "ms": ms[1], "ms_by_layers": {"11": ms[0], "14": ms[1]},
         "ms_switch": round(times[switch], 2), "first_step_s": round(first, 1),
         "losses": [round(loss, 4) for loss in torch.stack(losses).tolist()],

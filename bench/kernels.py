@@ -7,8 +7,10 @@
 Each implementation of a case is checked against the reference in float64, on a small batch or on rows of the whole one,
 and then timed, forward and backward apart, in one process; medians of triton.testing.do_bench. Peers: `compiled` is
 torch.compile of the reference with mix-order reduction off; `cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa`
-compute attention with their own kernel and XSA with torch.compile; `liger` and `quack` where they are installed and
-have the op. Writes bench/results/kernels-<gpu>.json and .png.
+compute attention with their own kernel and XSA with torch.compile; `liger` and `quack`. A peer that is not installed,
+raises or gives wrong values is left out with a word; ours ends the run. `triton-packed` is what the model calls: q, k
+and v are heads of one tensor, and so are their gradients. `reference_error` is the error of the framework's own op:
+cuDNN's, FlexAttention's for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.common import COLORS, ceilings, document_starts, read_tokens, write_result
+from bench.common import ceilings, document_starts, draw_panels, peer, read_tokens, relative_errors, write_result
 from kernels import attention, attention_input, cross_entropy, embedding, matmul, mlp, reference, residual, rotary
 
 Function = Callable[..., Any]
 
 ROWS, LENGTH = 48, 2048
+LIMIT = 3e-2  # of a relative error: wrong values are not timed
+FRAMEWORK = ("cudnn+xsa", "flex+xsa", "compiled")  # the first of these is the framework's own op of a case
 # batch, length, query heads, KV heads, head dimension; `documents` has those of real rows
 ATTENTION = {
     "seed": (48, 2048, 8, 4, 64),
@@ -47,7 +50,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One op at one size: the same inputs for every implementation."""
+    """One op at one size: the same inputs for every implementation. It returns a tensor or a tuple of tensors."""
 
     inputs: tuple[Tensor, ...]  # those that require a gradient come first
     exact: Function  # the specification; called with float64 inputs
@@ -57,9 +60,11 @@ class Workload:
     backward_apart: bool = True  # False: only forward and backward together are a row
     # Rows of the batch, and last positions of each, on which `exact` is computed; None: a small batch stands for this.
     checked: tuple[int, int] | None = None
+    # Implementations that take the inputs, one behind the other along the heads, as one tensor (B, T, heads, D).
+    packed: dict[str, Tensor] = field(default_factory=dict)
 
-    def leaves(self) -> list[Tensor]:
-        return [x for x in self.inputs if x.requires_grad]
+    def inputs_of(self, name: str) -> tuple[Tensor, ...]:
+        return (self.packed[name],) if name in self.packed else self.inputs
 
 
 def compiled(function: Function) -> Function:
@@ -78,6 +83,7 @@ def attention_workload(case: str, small: bool, tokens: Tensor | None) -> Workloa
     packed = random(batch, length, (heads + 2 * kv_heads) * dim, gradient=False)
     sizes = [n * dim for n in (heads, kv_heads, kv_heads)]
     q, k, v = (x.unflatten(-1, (-1, dim)).detach().requires_grad_() for x in packed.split(sizes, -1))
+    qkv = packed.unflatten(-1, (-1, dim)).detach().requires_grad_()
     position = torch.arange(length, device="cuda")
     starts = torch.zeros(batch, length, dtype=torch.int32, device="cuda")
     documents = case == "documents"
@@ -114,26 +120,29 @@ def attention_workload(case: str, small: bool, tokens: Tensor | None) -> Workloa
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
         peers["cudnn+xsa"] = swapped(cudnn)
-    if find_spec("flash_attn"):
+    with peer("fa4+xsa"):
         peers["fa4+xsa"] = flash_attention_4(starts if documents else None)
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= starts[b, query]) if documents else key <= query
 
-    blocks = create_block_mask(visible, batch if documents else None, None, length, length, device="cuda")
-    flex = torch.compile(flex_attention)
-    peers["flex+xsa"] = swapped(lambda q, k, v: flex(q, k, v, block_mask=blocks, enable_gqa=True))
+    with peer("flex+xsa"):
+        blocks = create_block_mask(visible, batch if documents else None, None, length, length, device="cuda")
+        flex = compiled(flex_attention)
+        peers["flex+xsa"] = swapped(lambda q, k, v: flex(q, k, v, block_mask=blocks, enable_gqa=True))
     given = starts if documents else None
     return Workload(
         (q, k, v),
         exact,
         {
             "triton": lambda q, k, v: attention.attention(q, k, v, given),
+            "triton-packed": lambda qkv: attention.attention_qkv(qkv, kv_heads, given),
             "triton-deterministic": lambda q, k, v: attention.attention(q, k, v, given, True),
             **{name: (lambda q, k, v, f=f: xsa(f(q, k, v), v)) for name, f in peers.items()},
         },
         (4.0 * dim * heads * pairs, 10.0 * dim * heads * pairs),
         checked=(rows, tail),
+        packed={"triton-packed": qkv},
     )
 
 
@@ -195,19 +204,20 @@ def attention_input_workload(case: str, small: bool, tokens: Tensor | None) -> W
     cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, "cuda")
 
     def call(op: Function) -> Function:
-        def run(x: Tensor, x0: Tensor, mix: Tensor, weight: Tensor, gain: Tensor, *skip: Tensor) -> Tensor:
-            qkv, x, x0 = op(x, x0, mix, skip or None, weight, gain, cos, sin, 0.5)
-            return torch.cat((qkv.flatten(2), x, x0), -1)
+        def run(x: Tensor, x0: Tensor, mix: Tensor, weight: Tensor, gain: Tensor, *skip: Tensor) -> Any:
+            return op(x, x0, mix, skip or None, weight, gain, cos, sin, 0.5)
 
         return run
 
     inputs = (x, x0, mix, weight, gain, *((skip, skip_weight, skip_gate) if case == "skip" else ()))
+    # As the op's docstring counts, qkv being two streams: forward x and x0 read, the mix written and read, qkv written;
+    # a skip is read, and backward its gradient written too.
     stream_bytes, skips = 2.0 * x.numel(), case == "skip"
     return Workload(
         inputs,
         call(reference.attention_input),
         {"triton": call(attention_input.attention_input), "compiled": compiled(call(reference.attention_input))},
-        ((8 + skips) * stream_bytes, (19 + 2 * skips) * stream_bytes),
+        ((6 + skips) * stream_bytes, (19 + 2 * skips) * stream_bytes),
         unit="gb_s",
     )
 
@@ -215,17 +225,14 @@ def attention_input_workload(case: str, small: bool, tokens: Tensor | None) -> W
 def rms_norm_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
     x = stream(small)
     implementations: dict[str, Function] = {"triton": residual.rms_norm, "compiled": compiled(reference.rms_norm)}
-    weight = torch.ones(512, device="cuda", dtype=x.dtype)
-    if find_spec("liger_kernel"):
+    with peer("liger"):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        implementations["liger"] = lambda x: LigerRMSNormFunction.apply(
-            x, weight, reference.RMS_EPS, 0.0, "llama", False
-        )
-    if find_spec("quack"):
+        implementations["liger"] = lambda x: LigerRMSNormFunction.apply(x, None, reference.RMS_EPS, 0.0, "llama", False)
+    with peer("quack"):
         from quack.rmsnorm import rmsnorm
 
-        implementations["quack"] = lambda x: rmsnorm(x, weight, eps=reference.RMS_EPS)
+        implementations["quack"] = lambda x: rmsnorm(x, None, eps=reference.RMS_EPS)
     return Workload((x,), reference.rms_norm, implementations, (4.0 * x.numel(), 6.0 * x.numel()), unit="gb_s")
 
 
@@ -253,16 +260,21 @@ def qk_norm_rotary_workload(case: str, small: bool, tokens: Tensor | None) -> Wo
         "compiled": compiled(lambda q, k, gain: reference.qk_norm_rotary(q, k, gain, cos, sin)),
     }
     streams = 2.0 * (q.numel() + k.numel())
-    joined = {name: (lambda *x, f=f: torch.cat(f(*x), 2)) for name, f in implementations.items()}
-    exact = lambda q, k, gain: torch.cat(reference.qk_norm_rotary(q, k, gain, cos, sin), 2)  # noqa: E731
-    return Workload((q, k, gain), exact, joined, (4 * streams, 5 * streams), unit="gb_s")
+    return Workload(
+        (q, k, gain),
+        lambda q, k, gain: reference.qk_norm_rotary(q, k, gain, cos, sin),
+        implementations,
+        (2 * streams, 3 * streams),
+        unit="gb_s",
+    )
 
 
 def embed_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
     rows = 2 if small else ROWS
-    ids = torch.randint(8192, (rows, LENGTH), device="cuda")
-    if tokens is not None:
-        ids = tokens[: rows * LENGTH].view(rows, LENGTH)
+    # Frequencies like text's: the gradient sums over the tokens of a kind.
+    frequency = 1.0 / torch.arange(1.0, 8193.0, device="cuda")
+    seeded = torch.Generator("cuda").manual_seed(0)
+    ids = torch.multinomial(frequency, rows * LENGTH, replacement=True, generator=seeded).view(rows, LENGTH)
     weight, gate = random(8192, 512, dtype=torch.float32), random(512, dtype=torch.float32)
     call = {
         name: (lambda weight, gate, f=f: f(ids, weight, gate, None, torch.bfloat16))
@@ -285,7 +297,7 @@ def linear_cross_entropy_workload(case: str, small: bool, tokens: Tensor | None)
         "triton": lambda x, weight: cross_entropy.linear_cross_entropy(x, weight, targets, 30.0),
         "compiled": compiled(lambda x, weight: reference.linear_cross_entropy(x, weight, targets, 30.0)),
     }
-    if find_spec("liger_kernel"):
+    with peer("liger"):
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as liger
 
         implementations["liger"] = lambda x, weight: liger.apply(
@@ -310,112 +322,116 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[str, bool, Tensor | None], Workl
     "rms_norm": (("seed",), rms_norm_workload),
     "residual_mix": (("seed",), residual_mix_workload),
     "qk_norm_rotary": (("seed",), qk_norm_rotary_workload),
-    "embed": (("seed",), embed_workload),
+    "embed": (("zipf",), embed_workload),
     "linear_cross_entropy": (("seed",), linear_cross_entropy_workload),
 }
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
+def outputs(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def right(errors: tuple[float, float]) -> bool:
+    """False for NaN too, in either place."""
+    return all(error < LIMIT for error in errors)
+
+
 def errors(workload: Workload) -> dict[str, tuple[float, float]]:
-    """Relative Frobenius errors against float64 of the output, and the worst of the gradients."""
+    """Relative Frobenius errors against float64, the worst of the outputs and of the gradients; NaN where one is."""
     rows, tail = workload.checked or (None, 0)
     exact_inputs = [x.detach()[:rows].double().requires_grad_(x.requires_grad) for x in workload.inputs]
-    wanted = workload.exact(*exact_inputs)
-    g = torch.randn_like(wanted) if wanted.dim() else torch.ones_like(wanted)
+    wanted = outputs(workload.exact(*exact_inputs))
+    g = [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in wanted]
     leaves = [x for x in exact_inputs if x.requires_grad]
-    truth = (wanted, *torch.autograd.grad(wanted, leaves, g))
+    truth = torch.autograd.grad(wanted, leaves, g)
     found = {}
     for name, function in workload.implementations.items():
-        inputs = [x.detach().requires_grad_(x.requires_grad) for x in workload.inputs]
-        out = function(*inputs)
-        grad = torch.zeros_like(out)
-        grad[:rows, -tail:].copy_(g) if tail else grad.copy_(g)
-        got = torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grad)
-        mine = (out[:rows, -tail:] if tail else out, *(x[:rows] for x in got))
-        each = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(mine, truth, strict=True)]
-        found[name] = (each[0], max(each[1:]))
+        with peer(name):
+            inputs = [x.detach().requires_grad_(x.requires_grad) for x in workload.inputs_of(name)]
+            out = outputs(function(*inputs))
+            grad = [torch.zeros_like(x) for x in out]
+            for a, b in zip(grad, g, strict=True):
+                a[:rows, -tail:].copy_(b) if tail else a.copy_(b)
+            got = torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grad)
+            if name in workload.packed:
+                got = got[0].split([x.size(2) for x in workload.inputs], 2)
+            of_outputs = relative_errors([x[:rows, -tail:] if tail else x for x in out], wanted)
+            of_gradients = relative_errors([x[:rows] for x in got], truth)
+            found[name] = of_outputs.max().item(), of_gradients.max().item()
     return found
 
 
-def phases(workload: Workload, function: Function) -> dict[str, Callable[[], Any]]:
-    """What is timed: forward and backward, apart or together."""
-    leaves = workload.leaves()
+def phases(workload: Workload, name: str) -> dict[str, Callable[[], Any]]:
+    """What is timed of an implementation: forward and backward, apart or together."""
+    function, inputs = workload.implementations[name], workload.inputs_of(name)
+    leaves = [x for x in inputs if x.requires_grad]
     if not workload.backward_apart:
-        return {"": lambda: torch.autograd.grad(function(*workload.inputs), leaves)}
-    out = function(*workload.inputs)
-    g = torch.randn_like(out)
+        return {"": lambda: torch.autograd.grad(function(*inputs), leaves)}
+    out = outputs(function(*inputs))
+    g = [torch.randn_like(x) for x in out]
     return {
-        "_forward": lambda: function(*workload.inputs),
+        "_forward": lambda: function(*inputs),
         "_backward": lambda: torch.autograd.grad(out, leaves, g, retain_graph=True),
     }
 
 
 def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float]) -> list[dict[str, Any]]:
-    from triton.testing import do_bench
-
     build = OPS[op][1]
+    # Cases share functions: what one compiled would count towards the limit of recompilations of the next.
+    torch._dynamo.reset()
     try:
         workload = build(case, False, tokens)
     except ValueError as error:
         print(f"{op} {case}: left out: {error}")
         return []
     found = errors(workload if workload.checked else build(case, True, tokens))
-    peer = next((name for name in workload.implementations if not name.startswith("triton")), None)
     rows = []
-    for name, function in workload.implementations.items():
-        if not max(found[name]) < 3e-2:
-            print(f"{op:20s} {case:10s} {name:22s} left out: wrong values, errors {found[name]}")
-            continue
-        for phase, call in phases(workload, function).items():
-            low, ms, high = do_bench(call, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
-            work = {"_forward": workload.work[0], "_backward": workload.work[1], "": sum(workload.work)}[phase]
-            rate = work / ms / (1e9 if workload.unit == "tflops" else 1e6)
-            ceiling = measured["bf16_tflops" if workload.unit == "tflops" else "copy_gb_s"]
-            which = 1 if phase == "_backward" else 0
-            rows.append(
-                {
-                    "op": op + phase, "case": case, "impl": name,
-                    "ms": round(ms, 4), "ms_p20": round(low, 4), "ms_p80": round(high, 4),
-                    "tflops": round(rate, 1) if workload.unit == "tflops" else None,
-                    "gb_s": round(rate, 1) if workload.unit == "gb_s" else None,
-                    "percent_of_ceiling": round(100 * rate / ceiling, 1),
-                    "error": found[name][which], "reference_error": found[peer][which] if peer else None,
-                }
-            )  # fmt: skip
-            unit = "TFLOP/s" if workload.unit == "tflops" else "GB/s"
-            print(
-                f"{op + phase:30s} {case:10s} {name:22s} {ms:8.3f} ms {rate:8.1f} {unit:7s} "
-                f"{100 * rate / ceiling:5.1f} %   error {found[name][which]:.2e}",
-                flush=True,
-            )
+    for name in workload.implementations:
+        if name in found:
+            with peer(name):
+                rows += timed(op, case, name, workload, found, measured)
     return rows
 
 
-def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """A panel an op and case: milliseconds of each implementation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def timed(
+    op: str,
+    case: str,
+    name: str,
+    workload: Workload,
+    found: dict[str, tuple[float, float]],
+    measured: dict[str, float],
+) -> list[dict[str, Any]]:
+    """The rows of one implementation. Raises ValueError where its values are wrong."""
+    from triton.testing import do_bench
 
-    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        panels.setdefault((row["op"], row["case"]), []).append(row)
-    columns = 4
-    figure = Figure(figsize=(14, 1.9 * -(-len(panels) // columns)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
-    for axis, ((op, case), panel) in zip(axes, panels.items(), strict=False):
-        names = [row["impl"] for row in panel]
-        colors = [COLORS[0] if name.startswith("triton") else COLORS[6] for name in names]
-        axis.barh(names, [row["ms"] for row in panel], color=colors)
-        for index, row in enumerate(panel):
-            axis.text(0, index, f" {row['ms']:.3f} ms, {row['percent_of_ceiling']:.0f}%", va="center", fontsize=7)
-        axis.invert_yaxis()
-        axis.set_title(f"{op}, {case}", fontsize=8)
-        axis.tick_params(labelsize=7)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    if not right(found[name]):
+        raise ValueError(f"{op} {case}: wrong values, errors {found[name]}")
+    framework = next((found[x] for x in FRAMEWORK if x in workload.implementations and x in found), None)
+    rows = []
+    unit = "TFLOP/s" if workload.unit == "tflops" else "GB/s"
+    ceiling = measured["bf16_tflops" if workload.unit == "tflops" else "copy_gb_s"]
+    for phase, call in phases(workload, name).items():
+        low, ms, high = do_bench(call, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
+        work = {"_forward": workload.work[0], "_backward": workload.work[1], "": sum(workload.work)}[phase]
+        rate = work / ms / (1e9 if workload.unit == "tflops" else 1e6)
+        which = 1 if phase == "_backward" else 0
+        rows.append(
+            {
+                "op": op + phase, "case": case, "impl": name,
+                "ms": round(ms, 4), "ms_p20": round(low, 4), "ms_p80": round(high, 4),
+                "tflops": round(rate, 1) if workload.unit == "tflops" else None,
+                "gb_s": round(rate, 1) if workload.unit == "gb_s" else None,
+                "percent_of_ceiling": round(100 * rate / ceiling, 1),
+                "error": found[name][which], "reference_error": framework[which] if framework else None,
+            }
+        )  # fmt: skip
+        print(
+            f"{op + phase:30s} {case:10s} {name:22s} {ms:8.3f} ms {rate:8.1f} {unit:7s} "
+            f"{100 * rate / ceiling:5.1f} %   error {found[name][which]:.2e}",
+            flush=True,
+        )
+    return rows
 
 
 def main(arguments: list[str]) -> int:
@@ -439,7 +455,7 @@ def main(arguments: list[str]) -> int:
                 rows += measure(op, case, tokens, measured)
                 torch.cuda.empty_cache()
         path, whole = write_result("kernels", command, measured, rows, options.out)
-    draw(whole, f"ms and percent of the ceiling, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
+    draw_panels(whole, f"ms and percent of the ceiling, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
     print(path)
     return 0
 

@@ -4,10 +4,11 @@
 
 Cases: `all-banks` of the seed's model on one GPU, and `rank-of-8`: what one of eight ranks computes in a step, its
 share of every bank (3, 3, 2 and 2 matrices, gradients in bf16) and the update of all weights, communication left out.
-`eager` is the reference, `compiled` has its Newton-Schulz under torch.compile, `gram-newton-schulz` is the package of
-that name where it is installed (with the kernels of quack where that is). TFLOP/s count the three products of an
-iteration in full, whoever computes half of the symmetric ones. Errors are of the first matrix of every bank against
-float64, relative, Frobenius; of a step: of the change of the weights. Writes bench/results/optimizer-<gpu>.json.
+`eager` is the reference, `compiled` has its Newton-Schulz under torch.compile, `torch-fused` is the best of the
+framework: that, AdamW(fused=True) and foreach operations; `gram-newton-schulz` is the package of that name where it is
+installed (with the kernels of quack where that is). TFLOP/s count the three products of an iteration in full, whoever
+computes half of the symmetric ones. Errors are the worst of the first and the last matrix of every bank against
+float64, relative, Frobenius; of a step: of the change of the weights. Writes bench/results/optimizer-<gpu>.json, .png.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from bench.common import ceilings, write_result
-from gpt.config import build_config
+from bench.common import ceilings, draw_panels, peer, relative_errors, write_result
+from gpt.config import Config, build_config
 from gpt.distributed import Ranks
 from gpt.model import GPT
 from gpt.optimizer import Optimizer, coefficients
@@ -58,14 +59,75 @@ class Share(Optimizer):
         return [([bank], [bank.whole[: bank.count]], None) for bank in self.banks]
 
 
+class Fused(Optimizer):
+    """The same step by the framework's fused AdamW, foreach operations and compiled Newton-Schulz."""
+
+    def __init__(self, model: GPT, config: Config, ranks: Ranks) -> None:
+        super().__init__(model, config, ranks)
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for parameter, *settings in zip(self.rest, self.peak_lrs, self.weight_decays, strict=True):
+            groups.setdefault((settings[0], settings[1]), []).append(parameter)
+        self.adamw = torch.optim.AdamW(
+            [{"params": group, "lr": lr, "peak_lr": lr, "weight_decay": wd} for (lr, wd), group in groups.items()],
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def step(self, step: int, lr_factor: float) -> Tensor:
+        config = self.config
+        shards = self._reduce()
+        norm = self._norm(shards)
+        clip = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+        self.bucket.mul_(clip)
+        for parameter, g in zip(self.rest, self.bucket_views, strict=True):
+            parameter.grad = g
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        self.adamw.step()
+
+        momenta, mu = [bank.momentum for bank in self.banks], self.momentum_at(step)
+        gradients = torch._foreach_mul([shard.float() for shard in shards], clip)
+        torch._foreach_mul_(momenta, mu)
+        torch._foreach_add_(momenta, gradients)
+        u = torch._foreach_add(gradients, momenta, alpha=mu)
+        if config.muon_row_norm:
+            torch._foreach_div_(u, [x.norm(dim=-1, keepdim=True) + 1e-7 for x in u])
+        gathered = self._gather(compiled.newton_schulz([x.to(self.model.dtype) for x in u], self.coefficients))
+        updates = [update for _, group, _ in gathered for update in group]
+        lr = config.matrix_lr * lr_factor
+        torch._foreach_mul_([bank.parameter for bank in self.banks], 1.0 - lr * config.muon_wd)
+        for bank, update in zip(self.banks, updates, strict=True):
+            bank.parameter.add_(update, alpha=-lr * bank.update_scale)
+        torch._foreach_lerp_(self.ema, [*self.parameters], 1.0 - config.ema_decay)
+        for p in self.parameters:
+            p.grad = None
+        return norm
+
+
+class FusedShare(Fused, Share):
+    """One rank's part of it."""
+
+
+# Implementation of a step -> the ops it selects, and its class for one rank and for one of several.
+STEPS: dict[str, tuple[str, type[Optimizer], type[Optimizer]]] = {
+    "eager": ("reference", Optimizer, Share),
+    "compiled": ("reference", Optimizer, Share),
+    "torch-fused": ("reference", Fused, FusedShare),
+    "triton": (TRITON, Optimizer, Share),
+}
+
+
 def gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
 
 
 def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The worst relative Frobenius error."""
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+    """The worst relative Frobenius error; NaN where one is."""
+    return relative_errors(found, exact).max().item()
 
 
 def timed(f: Callable[[], Any]) -> dict[str, float]:
@@ -101,6 +163,7 @@ def gram_newton_schulz() -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
 
 
 def measure_newton_schulz(case: str, ceiling: float) -> list[dict[str, Any]]:
+    torch._dynamo.reset()
     model = GPT(CONFIG, select("reference", DEVICE)).to(DEVICE)
     shapes = [
         (-(-bank.count // CASES[case]), *bank.parameter.shape[1:])
@@ -109,7 +172,7 @@ def measure_newton_schulz(case: str, ceiling: float) -> list[dict[str, Any]]:
     sizes = [count * rows * columns for count, rows, columns in shapes]
     flat = torch.randn(sum(sizes), device=DEVICE).bfloat16()
     banks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-    exact = reference.newton_schulz([bank[:1].double() for bank in banks], COEFFICIENTS)
+    exact = reference.newton_schulz([bank[[0, -1]].double() for bank in banks], COEFFICIENTS)
     flops = 0.0
     for count, rows, columns in shapes:
         short, long = min(rows, columns), max(rows, columns)
@@ -120,96 +183,113 @@ def measure_newton_schulz(case: str, ceiling: float) -> list[dict[str, Any]]:
         "gram-newton-schulz": gram_newton_schulz(),
         "triton": lambda banks: newton_schulz.newton_schulz(banks, COEFFICIENTS),
     }
-    table, of_eager = [], None
+    table: list[dict[str, Any]] = []
+    of_eager = None
     for impl, f in implementations.items():
         if f is None:
             print(f"{impl} is not installed: left out")
             continue
-        try:
-            found = error([x[:1] for x in f(banks)], exact)
-            of_eager = found if of_eager is None else of_eager
+        with peer(impl):
+            found = error([x[[0, -1]] for x in f(banks)], exact)
             if not found < 0.1:
-                raise ValueError(f"wrong values: error {found}")
+                raise ValueError(f"newton_schulz {case}: wrong values, error {found}")
+            of_eager = found if impl == "eager" else of_eager
             times = timed(lambda f=f: f(banks))  # type: ignore[misc]
-        except Exception as failure:
-            print(f"newton_schulz {case} {impl}: {type(failure).__name__}: {str(failure)[:200]}")
-            continue
-        tflops = flops / times["ms"] / 1e9
-        percent = round(100 * tflops / ceiling, 1)
-        rest = {"tflops": round(tflops, 1), "percent_of_ceiling": percent, "error": found, "reference_error": of_eager}
-        table.append(row("newton_schulz", case, impl, times, **rest))
+            tflops = flops / times["ms"] / 1e9
+            rest = {
+                "tflops": round(tflops, 1), "percent_of_ceiling": round(100 * tflops / ceiling, 1),
+                "error": found, "reference_error": of_eager, "flops": "three full products an iteration",
+            }  # fmt: skip
+            table.append(row("newton_schulz", case, impl, times, **rest))
     return table
 
 
 # ---------------------------------------------------------------------------------------------------- the whole step
-def exact_change(optimizer: Optimizer, gradients: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Change of the first matrix of every bank, and of every other parameter, in a first step; float64."""
+def exact_change(
+    optimizer: Optimizer, gradients: dict[str, Tensor], before: dict[str, Tensor]
+) -> dict[str, tuple[list[int] | slice, Tensor]]:
+    """Change of a first step, float64: of this rank's first and last matrix of every bank, of all other parameters.
+
+    By the parameter's name; with it, which of the parameter's matrices or rows these are.
+    """
     for name, parameter in optimizer.model.named_parameters():
         parameter.grad = gradients[name]
     shards = optimizer._reduce()
     squares = sum((g.double().square().sum() for g in (*shards, optimizer.bucket)), torch.zeros((), device=DEVICE))
     clip = (CONFIG.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     names = {id(p): name for name, p in optimizer.model.named_parameters()}
-    changes = {}
+    changes: dict[str, tuple[list[int] | slice, Tensor]] = {}
     for bank, shard in zip(optimizer.banks, shards, strict=True):
         name = names[id(bank.parameter)]
-        u = shard[:1].double() * clip * (1.0 + optimizer.momentum_at(0))
+        ends = [0, bank.share - 1]
+        u = shard[ends].double() * clip * (1.0 + optimizer.momentum_at(0))
         (direction,) = reference.newton_schulz([u], COEFFICIENTS)
         shrink = CONFIG.matrix_lr * CONFIG.muon_wd
-        changes[name] = -shrink * before[name][:1] - CONFIG.matrix_lr * bank.update_scale * direction
+        changes[name] = ends, -shrink * before[name][ends] - CONFIG.matrix_lr * bank.update_scale * direction
     for parameter, lr, decay in zip(optimizer.rest, optimizer.peak_lrs, optimizer.weight_decays, strict=True):
         name = names[id(parameter)]
         g = gradients[name].double() * clip
-        changes[name] = -lr * decay * before[name] - lr * g / (g.abs() + CONFIG.adam_eps)
+        changes[name] = slice(None), -lr * decay * before[name] - lr * g / (g.abs() + CONFIG.adam_eps)
     return changes
 
 
 def measure_step(case: str) -> list[dict[str, Any]]:
-    ranks = CASES[case]
-    table, of_eager = [], None
-    for impl, kernels in (("eager", "reference"), ("compiled", "compiled"), ("triton", TRITON)):
-        torch.manual_seed(0)
-        # Ops of the model itself do not run here.
-        ops = select("reference", DEVICE)
-        if impl == "compiled":
-            ops = replace(ops, newton_schulz=compiled.newton_schulz)
-        elif impl == "triton":
-            ops = select(kernels, DEVICE)
-        model = GPT(CONFIG, ops, torch.bfloat16).initialise(0).to(DEVICE)
-        optimizer = (Share if ranks > 1 else Optimizer)(model, CONFIG, Alone(0, ranks, DEVICE))
-        gradients = {name: torch.randn_like(p) * 1e-3 for name, p in model.named_parameters()}
-        before = {name: p.detach().double() for name, p in model.named_parameters()}
-        exact = exact_change(optimizer, gradients, before)
-
-        pairs = [(parameter, gradients[name]) for name, parameter in model.named_parameters()]
-
-        def step(pairs: Any = pairs, optimizer: Optimizer = optimizer) -> Tensor:
-            for parameter, g in pairs:
-                parameter.grad = g
-            return optimizer.step(0, 1.0)
-
-        step()
-        changed = [(p.detach().double() - before[name])[: len(exact[name])] for name, p in model.named_parameters()]
-        found = error(changed, [exact[name] for name in before])
-        of_eager = found if of_eager is None else of_eager
-        if not found < 0.1:
-            raise ValueError(f"wrong values: {impl} {case} error {found}")
-        table.append(row("optimizer_step", case, impl, timed(step), error=found, reference_error=of_eager))
-        del model, optimizer, gradients, before, exact, changed, pairs, step
+    torch._dynamo.reset()
+    table: list[dict[str, Any]] = []
+    of_eager = None
+    for impl in STEPS:
+        with peer(impl):
+            found, times = one_step(impl, CASES[case])
+            of_eager = found if impl == "eager" else of_eager
+            table.append(row("optimizer_step", case, impl, times, error=found, reference_error=of_eager))
         torch.cuda.empty_cache()
     return table
+
+
+def one_step(impl: str, ranks: int) -> tuple[float, dict[str, float]]:
+    """Error and times of a step. Raises ValueError where its values are wrong."""
+    kernels, alone, one_of_several = STEPS[impl]
+    # Ops of the model itself do not run here.
+    ops = select(kernels, DEVICE)
+    if impl == "compiled":
+        ops = replace(ops, newton_schulz=compiled.newton_schulz)
+    torch.manual_seed(0)
+    model = GPT(CONFIG, ops, torch.bfloat16).initialise(0).to(DEVICE)
+    optimizer = (one_of_several if ranks > 1 else alone)(model, CONFIG, Alone(0, ranks, DEVICE))
+    gradients = {name: torch.randn_like(p) * 1e-3 for name, p in model.named_parameters()}
+    before = {name: p.detach().double() for name, p in model.named_parameters()}
+    exact = exact_change(optimizer, gradients, before)
+
+    pairs = [(parameter, gradients[name]) for name, parameter in model.named_parameters()]
+
+    def step() -> None:
+        for parameter, g in pairs:
+            parameter.grad = g
+        optimizer.step(0, 1.0)
+
+    step()
+    changed = {name: p.detach().double() - before[name] for name, p in model.named_parameters()}
+    found = error([changed[name][where] for name, (where, _) in exact.items()], [x for _, x in exact.values()])
+    if not found < 0.1:
+        raise ValueError(f"optimizer_step: wrong values, error {found}")
+    return found, timed(step)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench.optimizer: wants an NVIDIA GPU, found none", file=sys.stderr)
+        return 2
     measured = ceilings()
+    print(f"{torch.cuda.get_device_name()}: {measured}")
     rows = []
     for case in options.cases:
         rows += measure_newton_schulz(case, measured["bf16_tflops"])
         rows += measure_step(case)
-    path, _ = write_result("optimizer", " ".join(["python -m bench.optimizer", *arguments]), measured, rows)
+    path, rows = write_result("optimizer", " ".join(["python -m bench.optimizer", *arguments]), measured, rows)
+    draw_panels(rows, f"ms and percent of the ceiling, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
     print(path)
     return 0
 
