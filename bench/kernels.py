@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +31,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.common import ceilings, document_starts, draw_panels, peer, read_tokens, relative_errors, write_result
 from kernels import attention, attention_input, cross_entropy, embedding, matmul, mlp, reference, residual, rotary
+
+# The backward of one graph is timed again and again: it may not use up what the forward saved.
+torch._functorch.config.donated_buffer = False
 
 Function = Callable[..., Any]
 
@@ -380,6 +384,7 @@ def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float
     build = OPS[op][1]
     # Cases share functions: what one compiled would count towards the limit of recompilations of the next.
     torch._dynamo.reset()
+    print(f"\n{op} {case}", flush=True)
     try:
         workload = build(case, False, tokens)
     except ValueError as error:
@@ -406,7 +411,7 @@ def timed(
     from triton.testing import do_bench
 
     if not right(found[name]):
-        raise ValueError(f"{op} {case}: wrong values, errors {found[name]}")
+        raise ValueError(f"{op} {case} {name}: wrong values, errors {found[name]}")
     framework = next((found[x] for x in FRAMEWORK if x in workload.implementations and x in found), None)
     rows = []
     unit = "TFLOP/s" if workload.unit == "tflops" else "GB/s"

@@ -164,6 +164,7 @@ def gram_newton_schulz() -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
 
 def measure_newton_schulz(case: str, ceiling: float) -> list[dict[str, Any]]:
     torch._dynamo.reset()
+    print(f"\nnewton_schulz {case}", flush=True)
     model = GPT(CONFIG, select("reference", DEVICE)).to(DEVICE)
     shapes = [
         (-(-bank.count // CASES[case]), *bank.parameter.shape[1:])
@@ -235,6 +236,7 @@ def exact_change(
 
 def measure_step(case: str) -> list[dict[str, Any]]:
     torch._dynamo.reset()
+    print(f"\noptimizer_step {case}", flush=True)
     table: list[dict[str, Any]] = []
     of_eager = None
     for impl in STEPS:
