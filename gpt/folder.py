@@ -172,8 +172,9 @@ what follows it are scores of the weights read back from the artifact.
     python train_gpt.py quantize score runs/NAME/model.pga --data-path DATA --tokenizer-path TOKENIZER
     python train_gpt.py source
 
-DATA is the folder of the shards, TOKENIZER their SentencePiece model. The last command prints where the readable
-source lies: train_gpt.py carries it compressed and unpacks it into the user's cache. All settings are in each log.
+DATA is the folder of the shards, TOKENIZER their SentencePiece model. The last command prints where the source
+lies: train_gpt.py carries it compressed, without comments, and unpacks it into the user's cache. All settings are in
+each log.
 
 ## Artifacts
 

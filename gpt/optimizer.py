@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from gpt.config import Config
 from gpt.distributed import Ranks
 from gpt.model import BANKS, GPT
+from gpt.record import RecordError
 from kernels import CLASSIC, POLAR_EXPRESS
 
 # The names that torch 2.13 gives to what torch 2.11 has under the others.
@@ -67,12 +69,16 @@ class Optimizer:
         self.model, self.config, self.ranks = model, config, ranks
         self.coefficients = coefficients(config.newton_schulz, config.muon_backend_steps)
         self.parameters = list(model.parameters())
-        rest = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
+        rest = parameters.copy()
         banks = [self._bank(rest.pop(name)) for name in BANKS]
         self.banks = sorted(banks, key=lambda bank: -bank.parameter.numel())
         # The rest, which AdamW trains: the embedding, which comes first, and vectors. What belongs to them is flat.
         self.rest = list(rest.values())
         self.rest_ema = torch.cat([p.detach().flatten() for p in self.rest])
+        # The order in which a state holds what belongs to them, banks first.
+        order = sorted(BANKS, key=lambda name: -parameters[name].numel()) + list(rest)
+        self.layout = [(name, tuple(parameters[name].shape)) for name in order]
         self.bucket, self.average, self.square = (torch.zeros_like(self.rest_ema) for _ in range(3))
         self.bucket_views = self._views(self.bucket)
         self.peak_lrs = [config.tied_embed_lr if name == "tok_emb" else config.scalar_lr for name in rest]
@@ -195,11 +201,17 @@ class Optimizer:
                 _all_gather(whole, bank.momentum)
             momentum.append(whole[: bank.count])
         adamw = {"steps": self.steps, "average": self.average, "square": self.square}
-        return {"momentum": momentum, "adamw": adamw, "ema": self.ema_state()}
+        return {"layout": self.layout, "momentum": momentum, "adamw": adamw, "ema": self.ema_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state_dict, of a run of any world size."""
+        """Take over a state_dict, of a run of any world size.
+
+        Raises RecordError, before anything is copied, where it is of other parameters or has them in another order.
+        """
+        for found, wanted in zip_longest(state["layout"], self.layout):
+            if found != wanted:
+                raise RecordError(f"the optimizer's state is of {found}, wanted {wanted}")
         for bank, whole in zip(self.banks, state["momentum"], strict=True):
             mine = whole[self.ranks.rank * bank.share : (self.ranks.rank + 1) * bank.share]
             bank.momentum.zero_()

@@ -156,7 +156,8 @@ def checks(config: Config, artifact: Artifact | None, ranks: Ranks) -> Iterator[
     def forward() -> str:
         tokens = text_with_documents(config.train_seq_len + 1, vocab_size, generator)[None]
         model = built[0]
-        loss = float(model(tokens[:, :-1], tokens[:, 1:], depth, model.rotary(config.train_seq_len)))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        loss = float(model(inputs, targets, depth, model.rotary(config.train_seq_len)))
         return _want(math.isfinite(loss), f"{config.train_seq_len} tokens, {loss:.3f} nats a token")
 
     yield "forward", forward

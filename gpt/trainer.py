@@ -22,6 +22,8 @@ from gpt.progress import Progress
 from gpt.record import RecordError, Run
 from gpt.score import Score
 
+CHECKPOINT_FORMAT = 2  # of what _save stores
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the loss or the gradient is not finite."""
@@ -78,8 +80,7 @@ class Trainer:
                     )
                     self._backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depth)
                 self.optimizer.step(0, 1.0)
-        tokens = tokens[:, :-1].contiguous()
-        collect_hessians(self.model, depth, [tokens], self.ranks)  # calibration, too, is on the clock
+        collect_hessians(self.model, depth, [tokens[:, :-1].contiguous()], self.ranks)  # calibration is on the clock
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters(), weights, strict=True):
                 parameter.copy_(saved)
@@ -161,6 +162,7 @@ class Trainer:
     def _save(self, step: int, elapsed: float, train_loss: float, finished: bool = False) -> None:
         self.run.save_checkpoint(
             {
+                "format": CHECKPOINT_FORMAT,
                 "fingerprint": self.config.fingerprint(),
                 "step": step,
                 "elapsed": elapsed,
@@ -176,9 +178,16 @@ class Trainer:
         """Take over weights and optimizer of the run's checkpoint, where there is one; returns the checkpoint."""
         state = self.run.load_checkpoint()
         if state is not None:
+            found = state.get("format", 1)  # the first had no number
+            if found != CHECKPOINT_FORMAT:
+                version = "an earlier" if found < CHECKPOINT_FORMAT else "a later"
+                raise RecordError(
+                    f"checkpoint of {version} version of this program: {self.run.path} has format {found}, "
+                    f"wanted {CHECKPOINT_FORMAT}"
+                )
             if state["fingerprint"] != self.config.fingerprint():
                 raise RecordError(f"checkpoint of {self.run.path} is of another configuration than its config.json")
+            self.optimizer.load_state_dict(state["optimizer"])  # first, since it checks before it copies
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
         self.run.rewind(state["step"] if state else -1)
         return state

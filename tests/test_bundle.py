@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
@@ -150,7 +151,8 @@ def test_processes_unpack_at_once(tmp_path: Path) -> None:
     assert {"train.py", "quantize.py", "gpt/config.py", "kernels/reference.py", "kernels/configs/h100.json"} <= set(
         files
     )
-    assert all((ROOT / name).read_bytes() == data for name, data in files.items())
+    assert all(bundle.lean(name, (ROOT / name).read_bytes()) == data for name, data in files.items())
+    assert bundle.code_sha256(source) == bundle.code_sha256(ROOT)
     assert bundle.build(source) == path.read_bytes()
 
     (source / "train.py").write_text("damaged")
@@ -188,6 +190,43 @@ def test_kernels_have_their_source(tmp_path: Path) -> None:
     assert int(count) > 2
     assert Path(file).is_relative_to(tmp_path / "cache")
     assert run_script(path, "data", "--help").returncode == 0
+    assert "Rotated dimensions of each head." in " ".join(run_script(path, "--help").stdout.split())
+
+
+def test_kernels_run_from_their_lean_source(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script(tmp_path)
+    probe = """
+import importlib, pkgutil, train_gpt, torch
+import kernels
+names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+for name in names:
+    importlib.import_module("kernels." + name)
+from kernels import reference
+from kernels.embedding import embed
+tokens, starts = torch.tensor([[1, 5, 2], [3, 1, 4]]), torch.tensor([[True, False, False], [False, True, False]])
+weight, gate = torch.randn(8, 32), torch.randn(32)
+found, wanted = (f(tokens, weight, gate, starts, torch.float32) for f in (embed, reference.embed))
+torch.testing.assert_close(found, wanted)
+print(len(names), embed.__code__.co_filename)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", probe],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(tmp_path),
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "TRITON_INTERPRET": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    count, file = done.stdout.split()
+    assert int(count) == len(list((ROOT / "kernels").glob("*.py"))) - 1
+    assert Path(file).is_relative_to(tmp_path / "cache")
 
 
 def test_what_is_counted_is_the_file(tmp_path: Path) -> None:
@@ -203,6 +242,84 @@ def test_what_is_counted_is_the_file(tmp_path: Path) -> None:
     assert bundle.source_files(built) == split(bundle.archive(tmp_path))
     assert bundle.build(ROOT).count(b"\n") < 120
     assert 10_000 < bundle.count_code(ROOT) < 200_000
+
+
+class Bare(ast.NodeTransformer):
+    """Takes out strings that are statements, and `pass`."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+    def visit_Pass(self, node: ast.Pass) -> None:
+        return None
+
+
+def test_lean_files_say_the_same() -> None:
+    files = split(bundle.archive(ROOT))
+    for name, data in files.items():
+        source = (ROOT / name).read_bytes()
+        assert bundle.lean(name, data) == data, name
+        if name.endswith(".json"):
+            assert json.loads(data) == json.loads(source)
+            continue
+        compile(data, name, "exec")
+        assert ast.dump(Bare().visit(ast.parse(data))) == ast.dump(Bare().visit(ast.parse(source))), name
+    assert b"#" not in files["gpt/clock.py"]
+    assert b'"""' not in files["gpt/clock.py"]
+    # What is shown at run time is still there.
+    assert ast.dump(ast.parse(files["gpt/config.py"])) == ast.dump(ast.parse((ROOT / "gpt/config.py").read_bytes()))
+    for name in bundle.SHOWN:
+        assert ast.get_docstring(ast.parse(files[name])) == ast.get_docstring(ast.parse((ROOT / name).read_bytes()))
+
+
+def test_lean_of_odd_files() -> None:
+    source = b'''"""Docs."""
+
+
+class A:  # comment
+    """Only
+    docs."""
+
+
+class P:
+    def f(self) -> str: ...
+
+    async def g(self):
+        """Docs."""
+        "More."
+        return f"""# no comment
+
+            {self}
+
+        """  # comment
+
+
+X = (
+    1,  # one
+
+    "#",
+)
+'''
+    lean = b'''class A:
+    pass
+class P:
+    def f(self) -> str: ...
+    async def g(self):
+        return f"""# no comment
+
+            {self}
+
+        """
+X = (
+    1,
+    "#",
+)
+'''
+    assert bundle.lean("gpt/a.py", source) == bundle.lean("gpt/a.py", lean) == lean
+    assert bundle.lean("train.py", source) == b'"""Docs."""\n' + lean
+    assert bundle.lean("a.json", b'{"a": [1, 2.5],\n "b": null}\n') == b'{"a":[1,2.5],"b":null}'
+    for name in ("a.py", "a.json"):
+        assert bundle.lean(name, b"\xff (") == b"\xff ("
 
 
 def test_foreign_scripts(monkeypatch: pytest.MonkeyPatch) -> None:

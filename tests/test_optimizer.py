@@ -13,6 +13,7 @@ from gpt.config import Config, build_config
 from gpt.distributed import Ranks
 from gpt.model import GPT
 from gpt.optimizer import Optimizer, coefficients
+from gpt.record import RecordError
 from gpt.trainer import lr_factor
 from kernels import CLASSIC, POLAR_EXPRESS, reference, select
 from kernels.launch import configs
@@ -163,6 +164,26 @@ def test_every_share_of_the_momentum_comes_back_in_any_world() -> None:
             shares.append([bank.momentum for bank in other.banks])
         for bank, parts in zip(optimizer.banks, zip(*shares, strict=True), strict=True):
             assert torch.equal(torch.cat(parts)[: bank.count], bank.momentum)
+
+
+def test_a_state_of_other_parameters_is_refused_before_anything_is_copied() -> None:
+    config = build_config(**TINY)
+    one = Optimizer(tiny_model(config), config, ALONE)
+    backward(one.model, 0)
+    one.step(0, 1.0)
+    state = one.state_dict()
+    first, second, *others = state["layout"]
+    two = Optimizer(tiny_model(config), config, ALONE)
+    for layout in ([second, first, *others], [first, second], [*state["layout"], ("more", (3,))]):
+        with pytest.raises(RecordError, match=r"the optimizer's state is of .*, wanted "):
+            two.load_state_dict({**state, "layout": layout})
+    assert two.steps == 0
+    assert not any(x.any() for x in (two.average, two.square, *(bank.momentum for bank in two.banks)))
+    two.load_state_dict(state)
+    assert torch.equal(two.square, one.square)
+    assert [shape for _, shape in one.layout] == [
+        tuple(p.shape) for p in (*(b.parameter for b in one.banks), *one.rest)
+    ]
 
 
 def test_reset_restores_the_state_before_the_first_step() -> None:

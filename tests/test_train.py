@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gpt.artifact import load
 from gpt.config import ROOT
@@ -393,6 +394,11 @@ def test_a_run_is_resumed_only_as_it_was(whole: tuple[Path, str], tmp_path: Path
         assert "in use by another process" in train({}, "--resume", str(whole[0])).stderr
     damaged = tmp_path / "damaged"
     shutil.copytree(whole[0], damaged)
+    earlier = torch.load(damaged / "checkpoint.pt")
+    wanted = earlier.pop("format")
+    torch.save(earlier, damaged / "checkpoint.pt")
+    refused = f"RecordError: checkpoint of an earlier version of this program: {damaged} has format 1, wanted {wanted}"
+    assert refused in train({}, "--resume", str(damaged)).stderr
     content = bytearray((damaged / "checkpoint.pt").read_bytes())
     (damaged / "checkpoint.pt").write_bytes(bytes(content[: len(content) // 2]))
     assert "cannot be read as a checkpoint" in train({}, "--resume", str(damaged)).stderr
