@@ -57,7 +57,7 @@ def lean(name: str, data: bytes) -> bytes:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column].rstrip()
-    inside = set()  # rows that begin within a string: a blank one is text
+    inside: set[int] = set()  # rows that begin within a string: a blank one is text
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr | ast.Constant):
             inside.update(range(node.lineno, node.end_lineno or node.lineno))
