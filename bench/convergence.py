@@ -1,6 +1,6 @@
 """The same training with other kernels: loss curves side by side, and the whole step's time, in one process.
 
-    python -m bench.convergence --kernels auto compiled,attention=triton compiled --steps 300 --data-path data
+    python -m bench.convergence --kernels auto auto,attention=compiled --steps 300 --data-path data
     python -m bench.convergence --kernels auto compiled --seeds 1337 1338 --steps 1000 --data-path data
 
 Seed settings on one GPU (preset one-gpu): real text in the same order, 98,304 tokens a step, recurrence from the middle

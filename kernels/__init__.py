@@ -128,12 +128,12 @@ def _triton() -> dict[str, Op]:
 def select(choice: str, device: torch.device) -> Ops:
     """The ops of `choice` on `device`.
 
-    choice: "auto" (Triton on a GPU, reference on a CPU), or a base (reference, compiled, triton), followed by any
-    number of overrides ",op=implementation". Raises KernelError where an implementation does not exist; there is no
+    choice: "auto" (Triton on a GPU, reference on a CPU) or a base (reference, compiled, triton), followed by any number
+    of overrides ",op=implementation". Raises KernelError where an implementation does not exist; there is no
     falling back.
     """
-    if choice == "auto":
-        choice = AUTO if device.type == "cuda" else "reference"
+    if choice.split(",")[0].strip() == "auto":
+        choice = choice.replace("auto", AUTO if device.type == "cuda" else "reference", 1)
     base, *overrides = (part.strip() for part in choice.split(","))
     chosen = dict.fromkeys(_OPS, base)
     for override in overrides:

@@ -270,6 +270,8 @@ def test_an_explicit_choice_of_kernels_never_falls_back(monkeypatch: pytest.Monk
     with pytest.raises(KernelError, match="no triton implementation of int6_linear"):
         select("triton", torch.device("cuda"))
     assert select("auto", torch.device("cuda")).names["mlp"] == "triton"
+    without = select("auto,attention=compiled", torch.device("cuda")).names
+    assert (without["attention"], without["attention_mask"], without["mlp"]) == ("compiled", "compiled", "triton")
     limits = (
         ({"num_heads": 1, "num_kv_heads": 1, "model_dim": 256}, "heads of 256.*attention, attention_input"),
         ({"num_heads": 3, "num_kv_heads": 3, "model_dim": 72}, "heads of 24"),
@@ -280,7 +282,7 @@ def test_an_explicit_choice_of_kernels_never_falls_back(monkeypatch: pytest.Monk
         with pytest.raises(KernelError, match=found):
             GPT(config, select("auto", torch.device("cuda")))
         GPT(config, select("reference", CPU))
-    with pytest.raises(KernelError, match="Triton kernels run on a GPU, or interpreted.*found device cpu"):
+    with pytest.raises(KernelError, match=r"Triton kernels run on a GPU, or interpreted.*found device cpu"):
         select("compiled,attention=triton", CPU)
     assert select("compiled,attention=triton", torch.device("cuda")).names["attention"] == "triton"
     with pytest.raises(KernelError, match=r"'cuda'.*reference, compiled, triton"):
