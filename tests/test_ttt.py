@@ -219,8 +219,8 @@ def test_any_number_of_ranks(name: str, world_size: int) -> None:
     with ThreadPoolExecutor(world_size) as threads:
         found = list(threads.map(one, range(world_size)))
     for result in found:
-        # Mostly to the bit; but Adam's first steps are of the size of its rate (0.05 here) whatever the gradient's, so a
-        # gradient that is next to zero and rounds to the other side moves nats by some thousandths.
+        # Mostly to the bit; but Adam's first steps have the size of its rate, 0.05 here, whatever the gradient's: one
+        # that is next to zero and rounds to the other side moves nats by some thousandths.
         assert torch.allclose(result.log, alone.log, atol=2e-2)
         assert result.nats == found[0].nats
         header = {"ledger": 1, "artifact": None, "base": result.ledger.base, "leaking": False}
