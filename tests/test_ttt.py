@@ -26,9 +26,9 @@ FORMS = preflight.scoring_forms(CONTEXT)
 ADAPTING = {name: form for name, form in FORMS.items() if not form.isdigit()}
 
 
-def made(document_mask: bool = True) -> tuple[GPT, tuple[int, ...]]:
+def made(document_mask: bool = True, dtype: torch.dtype = torch.float32) -> tuple[GPT, tuple[int, ...]]:
     config = tiny_config(document_mask=document_mask)
-    return tiny_model(config), config.depth(True)
+    return tiny_model(config, dtype), config.depth(True)
 
 
 def run(form: str, tokens: Tensor, model: GPT, depth: tuple[int, ...]) -> Score:
@@ -207,11 +207,12 @@ def test_document_adapters_are_their_definition() -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_ranks(name: str, world_size: int) -> None:
     tokens = preflight.text_with_documents(150, VOCAB, torch.Generator().manual_seed(3))
-    alone = run(ADAPTING[name], tokens, *made())
+    # float64: Adam's first steps have the size of its rate whatever the gradient's, so they blow a rounding up.
+    alone = run(ADAPTING[name], tokens, *made(dtype=torch.float64))
     meeting = Meeting(world_size)
 
     def one(rank: int) -> Score:
-        model, depth = made()
+        model, depth = made(dtype=torch.float64)
         form = parse_form(ADAPTING[name])
         ranks = ThreadRanks(rank, meeting)
         return adapt(model, text_of(tokens), depth, ranks, form, context=CONTEXT, stride=4, batch_tokens=64)
@@ -219,9 +220,7 @@ def test_any_number_of_ranks(name: str, world_size: int) -> None:
     with ThreadPoolExecutor(world_size) as threads:
         found = list(threads.map(one, range(world_size)))
     for result in found:
-        # Mostly to the bit; but Adam's first steps have the size of its rate, 0.05 here, whatever the gradient's: one
-        # that is next to zero and rounds to the other side moves nats by some thousandths.
-        assert torch.allclose(result.log, alone.log, atol=2e-2)
+        assert torch.allclose(result.log, alone.log, atol=2e-3)
         assert result.nats == found[0].nats
         header = {"ledger": 1, "artifact": None, "base": result.ledger.base, "leaking": False}
         header |= {key: getattr(result, key) for key in ("form", "context", "stride", "nats", "tokens", "bytes")}
