@@ -22,6 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 import torch
 
 from kernels import compiled, reference
+from kernels.launch import HEAD_DIMS, INTERPRET
 from kernels.reference import CLASSIC, POLAR_EXPRESS
 
 __all__ = ["CLASSIC", "IMPLEMENTATIONS", "POLAR_EXPRESS", "KernelError", "Ops", "select"]
@@ -57,8 +58,8 @@ class Ops:
         """Raise KernelError where Triton kernels were chosen that do not take a model of these sizes."""
         chosen = {op for op, implementation in self.names.items() if implementation == "triton"}
         limits = (
-            ({"attention", "attention_input"}, head_dim in (16, 32, 64, 128), f"heads of {head_dim}",
-             "16, 32, 64 or 128"),
+            ({"attention", "attention_input"}, head_dim in HEAD_DIMS, f"heads of {head_dim}",
+             f"one of {HEAD_DIMS}"),
             ({"attention_input"}, (rope_dims // 2).bit_count() == 1, f"rope_dims={rope_dims}", "twice a power of two"),
             ({"attention_input", "embed", "mlp", "rms_norm"}, model_dim % 16 == 0 and model_dim <= 1024,
              f"model_dim={model_dim}", "a multiple of 16 up to 1024"),
@@ -155,7 +156,7 @@ def select(choice: str, device: torch.device) -> Ops:
         raise KernelError(
             f"kernels={choice}: torch.compile wants a C++ compiler on a CPU; found neither g++ nor clang++"
         )
-    if "triton" in chosen.values() and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in chosen.values() and device.type != "cuda" and not INTERPRET:
         raise KernelError(
             f"kernels={choice}: Triton kernels run on a GPU, or interpreted with TRITON_INTERPRET=1; "
             f"found device {device.type}"
