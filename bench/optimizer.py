@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -280,6 +281,7 @@ def one_step(impl: str, ranks: int) -> tuple[float, dict[str, float]]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--out", type=Path, help="result file; default bench/results/optimizer-<gpu>.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.optimizer: wants an NVIDIA GPU, found none", file=sys.stderr)
@@ -290,7 +292,7 @@ def main(arguments: list[str]) -> int:
     for case in options.cases:
         rows += measure_newton_schulz(case, measured["bf16_tflops"])
         rows += measure_step(case)
-    path, rows = write_result("optimizer", " ".join(["python -m bench.optimizer", *arguments]), measured, rows)
+    path, rows = write_result("optimizer", " ".join(["python -m bench.optimizer", *arguments]), measured, rows, options.out)
     draw_panels(rows, f"ms and percent of the ceiling, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
     print(path)
     return 0
