@@ -197,8 +197,16 @@ def mlp_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
 def linear_add_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
     x, y, weight = stream(small), stream(small), random(512, 512, scale=512**-0.5)
     flops = 2.0 * x.numel() * 512
-    implementations: dict[str, Function] = {"triton": matmul.linear_add, "compiled": compiled(reference.linear_add)}
-    return Workload((x, y, weight), reference.linear_add, implementations, (flops, 2 * flops))
+
+    def call(op: Function) -> Function:
+        return lambda *tensors: op(*tensors)[0]
+
+    return Workload(
+        (x, y, weight),
+        call(reference.linear_add),
+        {"triton": call(matmul.linear_add), "compiled": compiled(call(reference.linear_add))},
+        (flops, 2 * flops),
+    )
 
 
 def attention_input_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:

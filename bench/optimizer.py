@@ -292,7 +292,9 @@ def main(arguments: list[str]) -> int:
     for case in options.cases:
         rows += measure_newton_schulz(case, measured["bf16_tflops"])
         rows += measure_step(case)
-    path, rows = write_result("optimizer", " ".join(["python -m bench.optimizer", *arguments]), measured, rows, options.out)
+    path, rows = write_result(
+        "optimizer", " ".join(["python -m bench.optimizer", *arguments]), measured, rows, options.out
+    )
     draw_panels(rows, f"ms and percent of the ceiling, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
     print(path)
     return 0

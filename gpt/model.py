@@ -101,27 +101,29 @@ class GPT(nn.Module):
         starts = tokens == BOS if config.document_mask else None
         mask = None if starts is None else ops.attention_mask(starts)
         x = x0 = ops.embed(tokens, self.tok_emb, self.smear_gate, starts, dtype)
-        saved: list[Tensor] = []
+        saved: list[Tensor] = []  # outputs of the first half's layers, as the layer after each hands them on
         half = len(depth) // 2
         for virtual, i in enumerate(depth):
             layer_scale = (i + 1) ** -0.5
             j = virtual - half
+            if 0 < virtual == half:
+                saved.append(x)
             skip = (saved.pop(), *skips[j]) if 0 <= j < config.num_skips and saved else None
 
-            heads, x, x0 = ops.attention_input(x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale)
+            heads, x, x0, before = ops.attention_input(x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale)
+            if 0 < virtual < half:
+                saved.append(before)
             y = ops.attention(heads, config.num_kv_heads, mask).flatten(2)
             if tap:
                 tap("qkv", i, reference.rms_norm(x, layer_scale))
                 tap("o", i, y)
-            x = ops.linear_add(x, y, o[i])
+            x, squares = ops.linear_add(x, y, o[i])
 
             if tap:
                 h = reference.rms_norm(x, layer_scale)
                 tap("up", i, h)
                 tap("down", i, reference.mlp_hidden(h, up[i]))
-            x = ops.mlp(x, up[i], down[i], layer_scale)
-            if virtual < half:
-                saved.append(x)
+            x = ops.mlp(x, up[i], down[i], layer_scale, squares)
         x = ops.rms_norm(x)
         if tap:
             tap("head", 0, x)

@@ -60,15 +60,17 @@ def _(x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale):
 
 @torch.library.custom_op("golf::attention_input_backward", mutates_args=())
 def attention_input_backward_op(
-    dqkv: Tensor, dy: Tensor, dx0: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor, skip: Tensor | None,
-    skip_weight: Tensor | None, skip_gate: Tensor | None, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-    qkv: Tensor, mixed: Tensor, rstd: Tensor, inverse: Tensor, scale: float,
+    dqkv: Tensor, dy: Tensor, dx0: Tensor | None, dx_more: Tensor | None, x: Tensor, x0: Tensor, mix: Tensor,
+    skip: Tensor | None, skip_weight: Tensor | None, skip_gate: Tensor | None, weight: Tensor, gain: Tensor,
+    cos: Tensor, sin: Tensor, qkv: Tensor, mixed: Tensor, rstd: Tensor, inverse: Tensor, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, x0, mix, weight, gain; then of skip, its weight and its gate, if any. dx0: what x0 has so far."""
+    """Gradients of x, x0, mix, weight, gain; then of skip, its weight and its gate, if any.
+
+    dx0 and dx_more: what x0 and x have from elsewhere so far."""
     length, dim = x.shape[1:]
     heads, kv_heads = gain.size(0), (qkv.size(2) - gain.size(0)) // 2
-    rows = [None if t is None else t.view(-1, dim) for t in (dy, x, x0, dx0, skip, mixed)]
-    dy_rows, x_rows, x0_rows, dx0_rows, skip_rows, mixed_rows = rows
+    rows = [None if t is None else t.view(-1, dim) for t in (dy, x, x0, dx0, dx_more, skip, mixed)]
+    dy_rows, x_rows, x0_rows, dx0_rows, more_rows, skip_rows, mixed_rows = rows
     packed = (-1, heads + 2 * kv_heads, dim // heads)
     draw, dgain = rotary.qkv_backward(
         dqkv.view(packed), qkv.view(packed), gain, cos, sin, inverse, rstd * scale, kv_heads, length
@@ -76,7 +78,7 @@ def attention_input_backward_op(
     draw = draw.view(-1, weight.size(0))
     dweight, g = torch.mm(draw.t(), mixed_rows), torch.mm(draw, weight)
     dx, dskip, dx0_out, dmix, dskip_weight, dskip_gate = residual.mix_backward(
-        g, rstd, dy_rows, x_rows, x0_rows, dx0_rows, mix, skip_rows, skip_weight, skip_gate
+        g, rstd, dy_rows, x_rows, x0_rows, dx0_rows, mix, skip_rows, skip_weight, skip_gate, more_rows
     )
     grads = [dx.view_as(x), dx0_out.view_as(x), dmix.clone(), dweight, dgain.clone()]
     if dskip is not None and dskip_weight is not None and dskip_gate is not None:
@@ -85,13 +87,13 @@ def attention_input_backward_op(
 
 
 @attention_input_backward_op.register_fake
-def _(dqkv, dy, dx0, x, x0, mix, skip, skip_weight, skip_gate, weight, gain, *_):
+def _(dqkv, dy, dx0, dx_more, x, x0, mix, skip, skip_weight, skip_gate, weight, gain, *_):
     given = [x, x0, mix, weight, gain, *([] if skip is None else [skip, skip_weight, skip_gate])]
     return [torch.empty_like(t) for t in given]
 
 
 class _AttentionInput(torch.autograd.Function):
-    """x0 comes out as it went in, which an op of torch.library may not do: the threading of its gradient is here."""
+    """x and x0 come out as they went in, which an op of torch.library may not do: their gradients meet here."""
 
     @staticmethod
     def forward(ctx: Any, x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale):
@@ -103,15 +105,15 @@ class _AttentionInput(torch.autograd.Function):
             x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, qkv, mixed, rstd, inverse
         )
         ctx.set_materialize_grads(False)
-        return qkv, mixed, x0
+        return qkv, mixed, x0, x
 
     @staticmethod
-    def backward(ctx: Any, dqkv, dy, dx0):
+    def backward(ctx: Any, dqkv, dy, dx0, dx_more):
         x, *_, qkv, _, _, _ = saved = ctx.saved_tensors
         dqkv = torch.zeros_like(qkv) if dqkv is None else dqkv.contiguous()
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        dx0 = None if dx0 is None else dx0.contiguous()
-        grads = torch.ops.golf.attention_input_backward(dqkv, dy, dx0, *saved, ctx.scale)
+        dx0, dx_more = (None if t is None else t.contiguous() for t in (dx0, dx_more))
+        grads = torch.ops.golf.attention_input_backward(dqkv, dy, dx0, dx_more, *saved, ctx.scale)
         dx, dx0, dmix, dweight, dgain, *others = grads
         return dx, dx0, dmix, *(others or (None, None, None)), dweight, dgain, None, None, None
 
@@ -126,7 +128,7 @@ def attention_input(
     cos: Tensor,  # (T, R/2) float32
     sin: Tensor,  # (T, R/2) float32
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # qkv (B, T, H + 2 G, d), x (B, T, D), x0 (B, T, D)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # qkv (B, T, H + 2 G, d), mixed x, x0 and x as it came (B, T, D)
     """reference.attention_input, differentiable in everything but cos, sin and scale.
 
     x, x0, the skip and weight are contiguous and of one dtype, bf16 or fp16; mix, gain, the skip's weight and gate,
@@ -158,7 +160,7 @@ def attention_input(
         x = x.view_as(x)
     if skip is not None and skip[0] is x:
         skip = (x.view_as(x), *skip[1:])
-    outputs: tuple[Tensor, Tensor, Tensor] = _AttentionInput.apply(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _AttentionInput.apply(
         x, x0, mix, *(skip or (None, None, None)), weight, gain, cos, sin, scale
     )
     return outputs

@@ -1,20 +1,26 @@
 """Products with what surrounds them in their epilogue, so that no separate pass over the result is made.
 
-    up_forward       a = square(leaky_relu(r_m (x up^T), 0.5))            x (M, D), up (F, D), r (M,) float32
+    up_forward       a = square(leaky_relu(r_m (x up^T), 0.5))            x (M, D), up (F, D), r of the rows of x
     product_add      out = x + y w^T                                      x (M, N), y (M, K), w (N, K)
     down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
+    up_backward      dx = dy + du up - x_m mean(dx_m' x_m) / ms_m         du (M, F), up (F, D); dx' = du up
     qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
 
-r is the row's factor of an RMS norm without weights (`residual.rms_rows`): a norm in front of a product is a factor
-behind it, and the normalised x is never written. One tensor is kept of the activation: a >= 0, and the last mantissa
-bit of its bf16 holds the sign of u (1 is negative), so that da/du = 2 sqrt(a) or -sqrt(a) comes back from a alone while
-the products that read a need not know. a is rounded once, from float32, to the nearest bf16 of that parity: its root
-mean square error is 2 units of u / sqrt(12), under the sqrt(5) of an eager chain that rounds u and its square.
+r = scale / sqrt(ms), ms = mean(x^2) + eps, is the row's factor of an RMS norm without weights: a norm in front of a
+product is a factor behind it, and the normalised x is never written. What makes a row's ms known is the sum of its
+squares, which the product that writes x leaves behind in parts, one for each 128 columns. In the gradient of that norm
+stands the mean over a row of (du up) x = du (x up^T) = (dy down) u da/du, and u da/du = 2 a, for a is homogeneous of
+degree two: down_backward, which holds dy down and a, leaves its sums behind, and no pass over dx' is needed.
 
-Shapes: all matrices contiguous, bf16 or fp16, sums in float32; w of down_backward is read as it lies, without a
-transposed copy. linear_add is product_add with its gradients. Work 2 M N K FLOPs; traffic: every matrix once (bf16, M
-98304, D 512, F 2048: 0.50 GB for up_forward, 0.60 for product_add, 0.91 for down_backward). Any M, N, K; with rows that
-are not a multiple of 16 bytes the portable kernel runs.
+One tensor is kept of the activation: a >= 0, and the last mantissa bit of its bf16 holds the sign of u (1 is negative),
+so that da/du = 2 sqrt(a) or -sqrt(a) comes back from a alone while the products that read a need not know. a is rounded
+once, from float32, to the nearest bf16 of that parity: its root mean square error is 2 units of u / sqrt(12), under the
+sqrt(5) of an eager chain that rounds u and its square.
+
+Shapes: all matrices contiguous, bf16 or fp16, sums in float32; w of down_backward and up_backward is read as it lies,
+without a transposed copy. linear_add is product_add with its gradients. Work 2 M N K FLOPs; traffic: every matrix once
+(bf16, M 98304, D 512, F 2048: 0.50 GB for up_forward, 0.60 for product_add, 0.91 for down_backward, 0.70 for
+up_backward). Any M, N, K; with rows that are not a multiple of 16 bytes the portable kernel runs.
 
 `matmul_hopper.py` holds the kernel for compute capability 9.0; the one below is for every other GPU and the
 interpreter (there, and for other heads, qkv_forward is a product and then `rotary.py`'s kernel). Products without an
@@ -27,14 +33,15 @@ import triton.language as tl
 
 from kernels import matmul_hopper, rotary
 from kernels.launch import DTYPES, expect, gpu, settings
-from kernels.matmul_epilogue import matmul_epilogue
+from kernels.matmul_epilogue import matmul_epilogue, row_factor, row_terms
 
 
 # ------------------------------------------------------------------------------------------------ portable kernel
 @triton.jit
 def matmul_kernel(
-    x, w, out, extra, row_scale, M, N, K, stride_wn, stride_wk,
-    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, w, out, extra, other, rows, sums, M, N, K, dim, scale, stride_wn, stride_wk,
+    EPILOGUE: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     o_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -52,63 +59,106 @@ def matmul_kernel(
     b_extra = None
     if extra is not None:
         b_extra = tl.load(extra + o_row * N + o_n[None, :], mask=m_m & m_n, other=0.0)
+    b_other = None
+    if other is not None:
+        b_other = tl.load(other + o_row * N + o_n[None, :], mask=m_m & m_n, other=0.0)
     b_scale = None
-    if row_scale is not None:
-        b_scale = tl.load(row_scale + o_m, mask=o_m < M, other=0.0)[:, None]
-    b_out = matmul_epilogue(b_acc, b_extra, b_scale, EPILOGUE, out.dtype.element_ty)
+    if rows is not None:
+        b_scale = row_factor(rows, sums, o_m, M, dim, scale, EPILOGUE, PARTS, SUMS)[:, None]
+    b_out = matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE, out.dtype.element_ty)
     tl.store(out + o_row * N + o_n[None, :], b_out, mask=m_m & m_n)
+    if SUMS == 0 and sums is not None:
+        p_sums = sums + tl.program_id(0) % tiles_n * M + o_m
+        tl.store(p_sums, tl.sum(row_terms(b_acc, b_extra, b_out, EPILOGUE), 1), mask=o_m < M)
 
 
 # ------------------------------------------------------------------------------------------------------- launching
+def parts_of(columns: int) -> int:
+    """How many partial sums of its rows a product of so many columns leaves; the tiles of every kernel are as wide."""
+    return triton.cdiv(columns, 128)
+
+
 def _product(
     x: torch.Tensor,  # (M, K)
     w: torch.Tensor,  # (N, K), or (K, N) where not transposed
-    extra: torch.Tensor | None,  # (M, N)
-    row_scale: torch.Tensor | None,  # (M,) float32
     epilogue: str,
     transposed: bool = True,
-) -> torch.Tensor:  # (M, N)
+    extra: torch.Tensor | None = None,  # (M, N)
+    other: torch.Tensor | None = None,  # (M, N)
+    squares: torch.Tensor | None = None,  # (parts, M) float32: of the rows of the stream
+    read_sums: torch.Tensor | None = None,  # (parts, M) float32
+    write_sums: bool = False,
+    dim: int = 1,  # of the stream
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N), sums (parts, M) float32
     (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    sums = read_sums
+    if write_sums:
+        sums = torch.empty((parts_of(columns), rows), dtype=torch.float32, device=x.device)
+    parts, read = 1 if squares is None else squares.shape[0], 0 if read_sums is None else read_sums.shape[0]
     configs = settings("matmul", x.device)
     if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra):
-        matmul_hopper.launch(x, w, out, extra, row_scale, epilogue, transposed, configs, gpu(x.device)[1])
-        return out
+        matmul_hopper.launch(
+            x, w, out, extra, (other, squares, sums, dim, scale), epilogue, transposed, parts, read,
+            configs, gpu(x.device)[1],
+        )  # fmt: skip
+        return out, sums
     portable = configs["portable"]
     grid = (triton.cdiv(rows, portable["BLOCK_M"]) * triton.cdiv(columns, portable["BLOCK_N"]),)
     matmul_kernel[grid](
-        x, w, out, extra, row_scale, rows, columns, inner, *(w.stride() if transposed else w.stride()[::-1]),
-        EPILOGUE=epilogue, **portable,
+        x, w, out, extra, other, squares, sums, rows, columns, inner, dim, scale,
+        *(w.stride() if transposed else w.stride()[::-1]),
+        EPILOGUE=epilogue, PARTS=parts, SUMS=read, **portable,
     )  # fmt: skip
-    return out
+    return out, sums
 
 
 def up_forward(
     x: torch.Tensor,  # (M, D)
     up: torch.Tensor,  # (F, D)
-    row_scale: torch.Tensor,  # (M,) float32
+    squares: torch.Tensor,  # (parts, M) float32: of the rows of x
+    scale: float,
 ) -> torch.Tensor:  # (M, F)
-    """square(leaky_relu(row_scale (x up^T), 0.5)), the sign of its root in the last mantissa bit."""
-    return _product(x, up, None, row_scale, "activation")
+    """square(leaky_relu(r (x up^T), 0.5)), the sign of its root in the last mantissa bit."""
+    return _product(x, up, "activation", squares=squares, dim=x.shape[1], scale=scale)[0]
 
 
 def product_add(
     y: torch.Tensor,  # (M, K)
     w: torch.Tensor,  # (N, K)
     x: torch.Tensor,  # (M, N)
-) -> torch.Tensor:  # (M, N)
+    squares: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N), and if wanted the squares (parts, M) float32 of its rows
     """x + y w^T, rounded once."""
-    return _product(y, w, x, None, "residual")
+    return _product(y, w, "residual", extra=x, write_sums=squares)
 
 
 def down_backward(
     dy: torch.Tensor,  # (M, D)
     down: torch.Tensor,  # (D, F)
     a: torch.Tensor,  # (M, F) of up_forward
-    row_scale: torch.Tensor,  # (M,) float32
-) -> torch.Tensor:  # (M, F)
-    """Gradient of x up^T: (dy down) da/du row_scale."""
-    return _product(dy, down, a, row_scale, "derivative", transposed=False)
+    squares: torch.Tensor,  # (parts, M) float32, as up_forward
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (M, F), (parts, M) float32
+    """Gradient of x up^T, (dy down) da/du r; and what up_backward wants, sums of (dy down) a over a row's columns."""
+    du, sums = _product(
+        dy, down, "derivative", False, extra=a, squares=squares, write_sums=True, dim=dy.shape[1], scale=scale
+    )
+    assert sums is not None
+    return du, sums
+
+
+def up_backward(
+    du: torch.Tensor,  # (M, F) of down_backward
+    up: torch.Tensor,  # (F, D)
+    x: torch.Tensor,  # (M, D)
+    squares: torch.Tensor,  # (parts, M) float32, as up_forward
+    sums: torch.Tensor,  # (parts, M) float32 of down_backward
+    dy: torch.Tensor,  # (M, D)
+) -> torch.Tensor:  # (M, D)
+    """Gradient of x: dy, and what comes back through product and norm."""
+    return _product(du, up, "norm", False, extra=dy, other=x, squares=squares, read_sums=sums, dim=x.shape[1])[0]
 
 
 def qkv_forward(
@@ -137,28 +187,35 @@ def qkv_forward(
     qkv = torch.empty(shape, dtype=x.dtype, device=x.device)
     inv_rms = torch.empty((x.shape[0], heads + kv_heads), dtype=torch.float32, device=x.device)
     matmul_hopper.launch(
-        x, weight, qkv.flatten(1), None, row_scale, "heads", True, configs, gpu(x.device)[1],
-        heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
+        x, weight, qkv.flatten(1), None, (None, row_scale, None, 1, 1.0), "heads", True, 1, 0, configs,
+        gpu(x.device)[1], heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
     )  # fmt: skip
     return qkv, inv_rms
 
 
 # ---------------------------------------------------------------------------------------------------- registration
 @torch.library.custom_op("golf::linear_add", mutates_args=())
-def linear_add_op(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return product_add(y.flatten(0, -2), weight, x.flatten(0, -2)).view_as(x)
+def linear_add_op(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out, squares = product_add(y.flatten(0, -2), weight, x.flatten(0, -2), squares=True)
+    assert squares is not None
+    return out.view_as(x), squares
 
 
 @linear_add_op.register_fake
 def _(x, y, weight):
-    return torch.empty_like(x)
+    columns = x.shape[-1]
+    return torch.empty_like(x), x.new_empty((parts_of(columns), x.numel() // columns), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, g):
+def _differentiate(ctx, g, _):
+    if g is None:
+        return None, None, None
     y, weight = ctx.saved_tensors
     return g, g @ weight, g.flatten(0, -2).T @ y.flatten(0, -2)
 
@@ -171,12 +228,15 @@ def linear_add(
     x: torch.Tensor,  # (..., N)
     y: torch.Tensor,  # (..., K)
     weight: torch.Tensor,  # (N, K)
-) -> torch.Tensor:  # (..., N)
-    """x + y weight^T, rounded once; differentiable in x, y and weight. All contiguous, all bf16 or all fp16."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # (..., N), (parts, rows) float32
+    """x + y weight^T, rounded once; differentiable in x, y and weight. All contiguous, all bf16 or all fp16.
+
+    Also the sums of squares of its rows, one of each 128 columns, for the norm of `mlp`; they carry no gradient."""
     if x.dim() < 2 or weight.shape != (x.shape[-1], y.shape[-1]) or x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
             "linear_add wants x (..., N), y (..., K), weight (N, K); "
             f"got x {tuple(x.shape)}, y {tuple(y.shape)}, weight {tuple(weight.shape)}"
         )
     expect("linear_add", x=(x, x.shape, DTYPES), y=(y, y.shape, x.dtype), weight=(weight, weight.shape, x.dtype))
-    return torch.ops.golf.linear_add(x, y, weight)
+    out, squares = torch.ops.golf.linear_add(x, y, weight)
+    return out, squares

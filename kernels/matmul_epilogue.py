@@ -3,6 +3,47 @@
 import triton
 import triton.language as tl
 
+from kernels.reference import RMS_EPS
+
+_RMS_EPS = tl.constexpr(RMS_EPS)
+
+
+@triton.jit
+def add_parts(p_parts, stride, mask, PARTS: tl.constexpr):
+    """Sum over the rows of a matrix (PARTS, stride), in order, at pointers into its first."""
+    b_sum = tl.load(p_parts, mask=mask, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        b_sum += tl.load(p_parts + i * stride, mask=mask, other=0.0)
+    return b_sum
+
+
+@triton.jit
+def row_factor(
+    rows, sums, o_m, M, dim, scale, EPILOGUE: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr
+):  # fmt: skip
+    """What the epilogue multiplies each row by: from the sums of squares of the stream's rows, but for `heads`."""
+    mask = o_m < M
+    b_rows = add_parts(rows + o_m, M, mask, PARTS)
+    if EPILOGUE == "heads":
+        b_factor = b_rows
+    elif EPILOGUE == "norm":
+        b_factor = add_parts(sums + o_m, M, mask, SUMS) * (2.0 / dim) / (b_rows / dim + _RMS_EPS)
+    else:
+        b_factor = scale * tl.rsqrt(b_rows / dim + _RMS_EPS)
+    return b_factor
+
+
+@triton.jit
+def row_terms(b_acc, b_extra, b_out, EPILOGUE: tl.constexpr):
+    """What the epilogue leaves sums of, over the columns of a tile."""
+    if EPILOGUE == "derivative":
+        b_terms = b_acc * b_extra.to(tl.float32)
+    else:
+        tl.static_assert(EPILOGUE == "residual")
+        b_out = b_out.to(tl.float32)
+        b_terms = b_out * b_out
+    return b_terms
+
 
 @triton.jit
 def sign_in_last_bit(b_value, b_signed, dtype: tl.constexpr):
@@ -24,7 +65,7 @@ def sign_in_last_bit(b_value, b_signed, dtype: tl.constexpr):
 
 
 @triton.jit
-def matmul_epilogue(b_acc, b_extra, b_scale, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
+def matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
     if EPILOGUE == "activation":
         b_u = b_acc * b_scale
         b_h = tl.maximum(b_u, b_acc * (0.5 * b_scale))
@@ -34,6 +75,8 @@ def matmul_epilogue(b_acc, b_extra, b_scale, EPILOGUE: tl.constexpr, dtype: tl.c
         b_negative = (b_extra.to(integer, bitcast=True) & 1) != 0
         b_h = tl.sqrt(b_extra.to(tl.float32))
         b_out = (b_acc * b_h * tl.where(b_negative, -b_scale, 2.0 * b_scale)).to(dtype)
+    elif EPILOGUE == "norm":
+        b_out = (b_acc - b_other.to(tl.float32) * b_scale + b_extra.to(tl.float32)).to(dtype)
     else:
         tl.static_assert(EPILOGUE == "residual")
         b_out = (b_acc + b_extra.to(tl.float32)).to(dtype)

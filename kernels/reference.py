@@ -126,11 +126,12 @@ def attention_input(
     cos: Tensor,  # (T, R/2)
     sin: Tensor,  # (T, R/2)
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # qkv (B, T, H + 2 G, d), x (B, T, D), x0 (B, T, D)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # qkv (B, T, H + 2 G, d), mixed x, x0 and x as it came (B, T, D)
     """From the residual stream to attention: skip and residual mix; norm, product, q/k norm, rotary and gain.
 
-    Returns the mixed stream too, and x0 as it came: handed on from layer to layer, its gradient gathers in one place.
+    Returns the mixed stream too, and x0 and x as they came: who goes on with these has their gradients gather here.
     """
+    came = x
     if skip is not None:
         x = skip_mix(x, *skip)
     x = residual_mix(x, x0, mix)
@@ -138,7 +139,7 @@ def attention_input(
     kv_heads = (weight.size(0) // head_dim - heads) // 2
     qkv = F.linear(rms_norm(x, scale), weight).unflatten(-1, (-1, head_dim))
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
-    return torch.cat((*qk_norm_rotary(q, k, gain, cos, sin), v), dim=2), x, x0
+    return torch.cat((*qk_norm_rotary(q, k, gain, cos, sin), v), dim=2), x, x0, came
 
 
 def attention_mask(
@@ -187,9 +188,9 @@ def linear_add(
     x: Tensor,  # (..., N)
     y: Tensor,  # (..., K)
     weight: Tensor,  # (N, K)
-) -> Tensor:  # (..., N)
-    """x + y weight^T."""
-    return x + F.linear(y, weight)
+) -> tuple[Tensor, Tensor | None]:  # (..., N)
+    """x + y weight^T; and what a kernel knows of its rows, for `mlp`: sums of their squares. None here."""
+    return x + F.linear(y, weight), None
 
 
 def mlp_hidden(
@@ -205,9 +206,10 @@ def mlp(
     up: Tensor,  # (F, D)
     down: Tensor,  # (D, F)
     scale: float,
+    squares: Tensor | None = None,  # of linear_add; not needed here
 ) -> Tensor:  # (..., D)
     """x + leaky_relu(rms_norm(x, scale) up^T, 0.5)^2 down^T."""
-    return linear_add(x, mlp_hidden(rms_norm(x, scale), up), down)
+    return linear_add(x, mlp_hidden(rms_norm(x, scale), up), down)[0]
 
 
 def logits(

@@ -9,14 +9,15 @@ An RMS norm without weights is that float a row, so it is left to the product th
 
     d = dy + g - x_in mean(g x_in) rstd^2            the gradient of x_in
     dx' = mix[0] d,   dx0 += mix[1] d,   dmix = (sum d x', sum d x0)
-    dx = a dx',   dskip = (1 - a) weight dx',   dweight = sum (1 - a) skip dx',   dgate = sum a (1 - a) (x - s) dx'
+    dx = a dx' + dx_more,   dskip = (1 - a) weight dx'
+    dweight = sum (1 - a) skip dx',   dgate = sum a (1 - a) (x - s) dx'
 
 x_in is made again from x, x0 and skip in the backward, rounded as in the forward: one pass less than reading it.
 
 Shapes: rows (M, D) contiguous, bf16 or fp16, D a multiple of 16 up to 1024; channel vectors, rstd and the gradients of
 channels float32. All arithmetic is float32 and results are rounded once, so the error against float64 is at most that
 of eager ops, which round after each. Memory-bound, 2 M D bytes a pass: mix_forward 3 passes (4 with a skip),
-mix_backward 7 (9; 1 less without dx0), norm_backward 4 (3 without dy), norm_forward 2, rms_rows 1.
+mix_backward 7 (9; 1 less without dx0, 1 more with dx_more), norm_backward 3, norm_forward 2, row_squares 1.
 
 Sums over rows: each of a fixed number of programs keeps float32 sums of its own rows, and one small kernel adds those
 in order, so that runs agree to the bit.
@@ -99,7 +100,7 @@ def mix_fwd_kernel(
 
 @triton.jit
 def mix_bwd_kernel(
-    g, rstd, dy, x, x0, dx0, mix, skip, skip_weight, skip_gate, dx, dx0_out, dskip, partial, M,
+    g, rstd, dy, x, x0, dx0, dx_more, mix, skip, skip_weight, skip_gate, dx, dx0_out, dskip, partial, M,
     D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """partial (programs, 2 or 4, D): this program's share of dmix and, with a skip, of dweight and dgate.
@@ -134,7 +135,10 @@ def mix_bwd_kernel(
             b_d += b_g - b_in * (row_sum(b_g * b_in) / D * b_rstd * b_rstd)
         b_sum_x += b_d * b_x
         b_sum_x0 += b_d * b_x0
-        tl.store(dx + o_x, (b_d * b_of_x).to(dx.dtype.element_ty), mask=m_x)
+        b_dx = b_d * b_of_x
+        if dx_more is not None:
+            b_dx += tl.load(dx_more + o_x, mask=m_x, other=0.0).to(tl.float32)
+        tl.store(dx + o_x, b_dx.to(dx.dtype.element_ty), mask=m_x)
         if skip is not None:
             b_sum_skip += b_d * b_skip
             tl.store(dskip + o_x, (b_d * b_of_skip).to(dskip.dtype.element_ty), mask=m_x)
@@ -159,6 +163,15 @@ def mix_bwd_kernel(
 
 
 @triton.jit
+def row_squares_kernel(x, squares, M, D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    o_d, m_d = tile_columns(D, PARTS, WIDTH)
+    o_m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    # [ROWS, PARTS, WIDTH]
+    b_x = tl.load(x + o_m * D + o_d, mask=(o_m < M) & m_d, other=0.0).to(tl.float32)
+    tl.store(squares + o_m, row_sum(b_x * b_x), mask=o_m < M)
+
+
+@triton.jit
 def norm_fwd_kernel(
     x, h, rstd, scale, M, D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -170,28 +183,22 @@ def norm_fwd_kernel(
     b_x = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_rstd = tl.rsqrt(row_sum(b_x * b_x) / D + _RMS_EPS)
     tl.store(rstd + o_m, b_rstd, mask=o_m < M)
-    if h is not None:
-        tl.store(h + o_x, (b_x * (b_rstd * scale)).to(h.dtype.element_ty), mask=m_x)
+    tl.store(h + o_x, (b_x * (b_rstd * scale)).to(h.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
 def norm_bwd_kernel(
-    g, x, rstd, dy, dx, scale, M, D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    g, x, rstd, dx, scale, M, D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """With dy, g is the gradient of x with rstd held constant; without, g is the gradient of the norm's output."""
     o_d, m_d = tile_columns(D, PARTS, WIDTH)
     o_m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
     m_x = (o_m < M) & m_d
     o_x = o_m * D + o_d
-    # [ROWS, PARTS, WIDTH]
-    b_g = tl.load(g + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_x = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_rstd = tl.load(rstd + o_m, mask=o_m < M, other=0.0)
-    if dy is None:
-        b_g *= b_rstd * scale
+    # [ROWS, PARTS, WIDTH]
+    b_g = tl.load(g + o_x, mask=m_x, other=0.0).to(tl.float32) * (b_rstd * scale)
+    b_x = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_g -= b_x * (row_sum(b_g * b_x) / D * b_rstd * b_rstd)
-    if dy is not None:
-        b_g += tl.load(dy + o_x, mask=m_x, other=0.0).to(tl.float32)
     tl.store(dx + o_x, b_g.to(dx.dtype.element_ty), mask=m_x)
 
 
@@ -264,6 +271,7 @@ def mix_backward(
     skip: torch.Tensor | None = None,  # (M, D)
     skip_weight: torch.Tensor | None = None,  # (D,) float32
     skip_gate: torch.Tensor | None = None,  # (D,) float32
+    dx_more: torch.Tensor | None = None,  # (M, D): a gradient of x from elsewhere, to be added
 ) -> tuple[
     torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
 ]:  # dx (M, D), dskip (M, D), dx0 (M, D), dmix (2, D), dweight (D,), dgate (D,)
@@ -272,7 +280,7 @@ def mix_backward(
     rows, dim = x.shape
     expect(
         "mix_backward", x=(x, x.shape, DTYPES), dy=(dy, x.shape, x.dtype), dx0=(dx0, x.shape, x.dtype),
-        g=(g, x.shape, x.dtype), rstd=(rstd, (rows,), torch.float32),
+        dx_more=(dx_more, x.shape, x.dtype), g=(g, x.shape, x.dtype), rstd=(rstd, (rows,), torch.float32),
     )  # fmt: skip
     dx = torch.empty_like(x)
     dskip = None if skip is None else torch.empty_like(x)
@@ -282,7 +290,23 @@ def mix_backward(
     count = programs(wanted["per_sm"], triton.cdiv(rows, config["ROWS"]), x.device)
     partial = torch.empty((count, 2 if skip is None else 4, dim), dtype=torch.float32, device=x.device)
     mix_bwd_kernel[(count,)](
-        g, rstd, dy, x, x0, dx0, mix, skip, skip_weight, skip_gate, dx, dx0_out, dskip, partial, rows, **config
+        g,
+        rstd,
+        dy,
+        x,
+        x0,
+        dx0,
+        dx_more,
+        mix,
+        skip,
+        skip_weight,
+        skip_gate,
+        dx,
+        dx0_out,
+        dskip,
+        partial,
+        rows,
+        **config,
     )
     channels = column_sum(partial)
     if skip is None:
@@ -293,24 +317,15 @@ def mix_backward(
 def norm_forward(
     x: torch.Tensor,  # (M, D)
     scale: float = 1.0,
-    rows_only: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor]:  # h (M, D), rstd (M,) float32
-    """h = x * rstd * scale (None with `rows_only`) and rstd = 1 / sqrt(mean(x^2) + eps)."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # h (M, D), rstd (M,) float32
+    """h = x * rstd * scale and rstd = 1 / sqrt(mean(x^2) + eps)."""
     expect_dim("norm_forward", x)
     expect("norm_forward", x=(x, x.shape, DTYPES))
     rows, dim = x.shape
-    h = None if rows_only else torch.empty_like(x)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    h, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
     config = tile(settings("residual", x.device)["norm_forward"], dim)
     norm_fwd_kernel[(triton.cdiv(rows, config["ROWS"]),)](x, h, rstd, scale, rows, **config)
     return h, rstd
-
-
-def rms_rows(
-    x: torch.Tensor,  # (M, D)
-) -> torch.Tensor:  # (M,) float32
-    """1 / sqrt(mean(x^2) + eps) of each row."""
-    return norm_forward(x, rows_only=True)[1]
 
 
 def norm_backward(
@@ -318,32 +333,34 @@ def norm_backward(
     x: torch.Tensor,  # (M, D)
     rstd: torch.Tensor,  # (M,) float32
     scale: float = 1.0,
-    dy: torch.Tensor | None = None,  # (M, D)
 ) -> torch.Tensor:  # (M, D)
-    """The gradient of x, for g the gradient of norm_forward's h. With dy see rms_backward."""
+    """The gradient of x, for g the gradient of norm_forward's h."""
     expect_dim("norm_backward", x)
     rows, dim = x.shape
     expect(
-        "norm_backward", x=(x, x.shape, DTYPES), g=(g, x.shape, x.dtype), dy=(dy, x.shape, x.dtype),
-        rstd=(rstd, (rows,), torch.float32),
+        "norm_backward", x=(x, x.shape, DTYPES), g=(g, x.shape, x.dtype), rstd=(rstd, (rows,), torch.float32)
     )  # fmt: skip
     dx = torch.empty_like(x)
     config = tile(settings("residual", x.device)["norm_backward"], dim)
-    norm_bwd_kernel[(triton.cdiv(rows, config["ROWS"]),)](g, x, rstd, dy, dx, scale, rows, **config)
+    norm_bwd_kernel[(triton.cdiv(rows, config["ROWS"]),)](g, x, rstd, dx, scale, rows, **config)
     return dx
 
 
-def rms_backward(
-    g: torch.Tensor,  # (M, D)
-    x: torch.Tensor,  # (M, D)
-    rstd: torch.Tensor,  # (M,) float32
-    dy: torch.Tensor,  # (M, D)
-) -> torch.Tensor:  # (M, D)
-    """dy + g - x mean(g x) rstd^2: the gradient of x where g came back through [norm, product], times the row scale."""
-    return norm_backward(g, x, rstd, dy=dy)
-
-
 # ---------------------------------------------------------------------------------------------------- registration
+@torch.library.custom_op("golf::row_squares", mutates_args=())
+def row_squares_op(x: torch.Tensor) -> torch.Tensor:
+    rows, dim = x.numel() // x.shape[-1], x.shape[-1]
+    squares = torch.empty((1, rows), dtype=torch.float32, device=x.device)
+    config = tile(settings("residual", x.device)["norm_forward"], dim)
+    row_squares_kernel[(triton.cdiv(rows, config["ROWS"]),)](x, squares, rows, **config)
+    return squares
+
+
+@row_squares_op.register_fake
+def _(x):
+    return x.new_empty((1, x.numel() // x.shape[-1]), dtype=torch.float32)
+
+
 @torch.library.custom_op("golf::rms_norm", mutates_args=())
 def rms_norm_op(x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     h, rstd = norm_forward(x.view(-1, x.shape[-1]), scale)
@@ -441,6 +458,16 @@ def rms_norm(
     expect_dim("rms_norm", x)
     expect("rms_norm", x=(x, x.shape, DTYPES))
     return torch.ops.golf.rms_norm(x, scale)[0]
+
+
+def row_squares(
+    x: torch.Tensor,  # (..., D)
+) -> torch.Tensor:  # (1, rows) float32
+    """Sum of the squares of each row, without a gradient; x as of rms_norm."""
+    expect_dim("row_squares", x)
+    expect("row_squares", x=(x, x.shape, DTYPES))
+    squares: torch.Tensor = torch.ops.golf.row_squares(x.detach())
+    return squares
 
 
 def residual_mix(

@@ -20,9 +20,10 @@ class Built:
 
 
 def compile_for_h100(kernel, types, constants, config):
-    """types: of arguments, tuples for tuples, ":16" behind integers that 16 divides; pointers are taken to be aligned.
-    Arguments without one are integers where named in capitals or as strides (of a multiple of 16), else bf16 pointers.
-    constants: of compile-time arguments. config: as in kernels/configs, whose other entries are options."""
+    """types: of arguments, tuples for tuples, None in one for None, ":16" behind integers that 16 divides; pointers are
+    taken to be aligned. Arguments without one are integers where named in capitals or as strides (of a multiple of 16),
+    else bf16 pointers. constants: of compile-time arguments. config: as in kernels/configs, whose other entries are
+    options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -30,8 +31,12 @@ def compile_for_h100(kernel, types, constants, config):
     constants = constants | {key: value for key, value in config.items() if key in kernel.arg_names}
     options = {key: value for key, value in config.items() if key not in kernel.arg_names}
     signature, attributes = {}, {}
+    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
 
     def plain(kind, *path):
+        if kind is None:
+            fixed[path] = None
+            return "constexpr"
         if kind.startswith("*") or kind.endswith(":16"):
             attributes[path] = [["tt.divisibility", 16]]
         return kind.removesuffix(":16")
@@ -41,9 +46,7 @@ def compile_for_h100(kernel, types, constants, config):
         kind = "constexpr" if name in constants else types.get(name, default)
         several = isinstance(kind, tuple)
         signature[name] = tuple(plain(x, index, i) for i, x in enumerate(kind)) if several else plain(kind, index)
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
-        kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, attributes
-    )
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, fixed, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -38,8 +38,8 @@ def run(op, case, dtype=None, layers=2):
     skip = (skip[0], *skip_vectors) if skip else None
     collected = []
     for _ in range(layers):
-        qkv, x, x0 = op(x, x0, mix, skip, leaves[-1], gain, *rotary, 0.5)
-        collected.append(qkv)
+        qkv, x, x0, before = op(x, x0, mix, skip, leaves[-1], gain, *rotary, 0.5)
+        collected += [qkv, before]
     outputs = (*collected, x)
     generator = torch.Generator().manual_seed(4)
     grads = [torch.randn(y.shape, generator=generator).to(weight.device, case[2].dtype).to(y.dtype) for y in outputs]
@@ -97,8 +97,8 @@ def test_registration(skip):
     saved = torch.ops.golf.attention_input(*inputs, 0.5)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.golf.attention_input.default, (*inputs, 0.5), test_utils=checks)
-    for dx0 in (None, torch.randn_like(streams[0])):
-        gradients = (torch.randn_like(saved[0]), torch.randn_like(streams[0]), dx0)
+    for more in (None, torch.randn_like(streams[0])):
+        gradients = (torch.randn_like(saved[0]), torch.randn_like(streams[0]), more, more)
         backward = torch.ops.golf.attention_input_backward.default
         torch.library.opcheck(backward, (*gradients, *inputs, *saved, 0.5), test_utils=checks)
 

@@ -12,7 +12,7 @@ from kernels import matmul_hopper, reference, rotary
 from kernels.launch import configs
 from kernels.matmul import down_backward, linear_add, matmul_kernel, qkv_forward, up_forward
 from kernels.mlp import mlp
-from kernels.residual import rms_rows
+from kernels.residual import row_squares
 from tests.aot import compile_for_h100
 from tests.kernel_tools import CUDA, compiled, error, gpu, graphed, interpreted
 
@@ -55,6 +55,22 @@ def ours(x, up, down):
     return mlp(x, up, down, SCALE)
 
 
+def our_linear_add(x, y, weight):
+    """The sum; that its rows' squares are right too is asserted here."""
+    out, squares = linear_add(x, y, weight)
+    if not torch.compiler.is_compiling():
+        truth = out.detach().double().square().sum(-1).flatten()
+        assert ((squares.double().sum(0) - truth).abs() <= 1e-5 * truth).all()
+    return out
+
+
+def in_parts(x, up, down):
+    """mlp, behind a product whose tiles leave the squares of its rows."""
+    zero = torch.zeros(x.shape[-1], 16, dtype=x.dtype, device=x.device)
+    x, squares = linear_add(x, torch.zeros_like(x[..., :16]), zero)
+    return mlp(x, up, down, SCALE, squares)
+
+
 NAMES = ("out", "grad_x", "grad_up", "grad_down")
 
 
@@ -65,8 +81,9 @@ NAMES = ("out", "grad_x", "grad_up", "grad_down")
 def test_interpreted_values(shape, hidden, dtype, poisoned):
     tensors = make(shape, hidden, dtype, "cpu")
     truth = run(torch_mlp, *(x.double() for x in tensors))
-    for name, a, b, c in zip(NAMES, run(ours, *tensors), truth, run(torch_mlp, *tensors), strict=True):
-        assert error(a, b) <= min(error(c, b) * 1.05, 1e-6 if dtype == torch.float32 else 1e-3) + 1e-7, name
+    for op in (ours, in_parts):
+        for name, a, b, c in zip(NAMES, run(op, *tensors), truth, run(torch_mlp, *tensors), strict=True):
+            assert error(a, b) <= min(error(c, b) * 1.05, 1e-6 if dtype == torch.float32 else 1e-3) + 1e-7, name
 
 
 @interpreted
@@ -75,7 +92,7 @@ def test_interpreted_linear_add(dtype, poisoned):
     x, weight, _, g = make((2, 35, 24), 24, dtype, "cpu")
     y = g.roll(1, 0)
     truth = run(torch_linear_add, *(t.double() for t in (x, y, weight, g)))
-    for name, a, b in zip(NAMES, run(linear_add, x, y, weight, g), truth, strict=True):
+    for name, a, b in zip(NAMES, run(our_linear_add, x, y, weight, g), truth, strict=True):
         assert error(a, b) <= (1e-6 if dtype == torch.float32 else 1e-3), name
 
 
@@ -90,8 +107,9 @@ def check_sign(dtype, device):
     """Square and derivative of u alone: the products are with the identity."""
     u = torch.cat((torch.linspace(-3, 3, 4001), torch.tensor([0.0, 1e-2, -1e-2]))).to(device)
     u = F.pad(u, (0, 4096 - u.numel())).view(-1, 16).to(dtype)
-    eye, ones = torch.eye(16, dtype=dtype, device=device), torch.ones(u.shape[0], device=device)
-    a = up_forward(u, eye, ones)
+    eye = torch.eye(16, dtype=dtype, device=device)
+    ones = torch.full((1, u.shape[0]), 16 * (1 - reference.RMS_EPS), device=device)  # a mean square of 1
+    a = up_forward(u, eye, ones, 1.0)
     assert bool((a >= 0).all())
     integer = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal((a.view(integer) & 1).bool(), u < 0)
@@ -99,7 +117,8 @@ def check_sign(dtype, device):
     unit = torch.finfo(dtype)
     eps = unit.eps * (2 if dtype == torch.float32 else 1)  # float32 rounds the square before
     assert bool(((a.double() - truth).abs() <= eps * truth + 2 * unit.smallest_normal * unit.eps).all())
-    du = down_backward(torch.ones_like(u), eye, a, ones)
+    du, sums = down_backward(torch.ones_like(u), eye, a, ones, 1.0)
+    assert error(sums, a.double().sum(-1)[None]) < 1e-6
     slope = torch.where(u < 0, 0.5, 2.0).double() * u.double()
     assert bool(((du.double() - slope).abs() <= eps * slope.abs() + 2 * unit.smallest_normal**0.5).all())
 
@@ -107,7 +126,7 @@ def check_sign(dtype, device):
 @interpreted
 def test_registration():
     x, up, down, _ = (t.requires_grad_() for t in make((2, 9, 16), 32, torch.float32, "cpu"))
-    torch.library.opcheck(torch.ops.golf.mlp.default, (x, up, down, SCALE))
+    torch.library.opcheck(torch.ops.golf.mlp.default, (x, row_squares(x), up, down, SCALE))
     torch.library.opcheck(torch.ops.golf.linear_add.default, (x, x.detach().clone().requires_grad_(), up[:16]))
 
 
@@ -119,6 +138,8 @@ def test_registration():
         ({"down": torch.zeros(24, 16)}, r"down \(D, F\)"),
         ({"down": torch.zeros(16, 24, dtype=torch.float64)}, "torch.float64"),
         ({"x": torch.zeros(16, 4).T}, "strides"),
+        ({"squares": torch.zeros(4)}, r"squares \(parts, 4\); got \(4,\)"),
+        ({"squares": torch.zeros(2, 3)}, r"squares \(2, 4\) torch.float32; got \(2, 3\)"),
         ({"x": torch.zeros(0, 16)}, "none empty"),
         ({"x": torch.zeros(4, 8), "up": torch.zeros(24, 8), "down": torch.zeros(8, 24)}, r"16 values .* \(4, 8\)"),
     ],
@@ -146,20 +167,25 @@ def test_cpu_tensors_are_refused():
 
 
 # -------------------------------------------------------------------------------------- on the CPU, compiled for H100
-EPILOGUES = {  # transposed weight, reads extra, row factors
-    "activation": (True, False, True),
-    "residual": (True, True, False),
-    "derivative": (False, True, True),
+# Transposed weight; what it reads and writes beside; partial sums that it reads of squares and of the other kind.
+EPILOGUES = {
+    "activation": (True, {"rows"}, 4, 0),
+    "residual": (True, {"extra", "sums"}, 1, 0),
+    "derivative": (False, {"extra", "rows", "sums"}, 4, 0),
+    "norm": (False, {"extra", "other", "rows", "sums"}, 4, 16),
+    "heads": (True, {"rows"}, 1, 0),
 }
 
 
 @compiled
 @pytest.mark.parametrize("gpu_name", ["h100", "generic"])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", [name for name in EPILOGUES if name != "heads"])
 def test_portable_products_compile(epilogue, gpu_name):
-    _, extra, scale = EPILOGUES[epilogue]
-    constants = {"EPILOGUE": epilogue} | ({} if extra else {"extra": None}) | ({} if scale else {"row_scale": None})
-    types = {"row_scale": "*fp32", "stride_wn": "i32", "stride_wk": "i32"}
+    _, beside, parts, sums = EPILOGUES[epilogue]
+    absent = {"extra", "other", "rows", "sums"} - beside
+    constants = {"EPILOGUE": epilogue, "PARTS": parts, "SUMS": sums} | dict.fromkeys(absent)
+    types = {"rows": "*fp32", "sums": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("dim", "stride_wn", "stride_wk"), "i32")
     built = compile_for_h100(matmul_kernel, types, constants, configs(gpu_name)["matmul"]["portable"])
     assert built.registers <= 255
     assert built.stack <= 128  # addresses of what the epilogue reads, outside the loop
@@ -170,22 +196,21 @@ def test_portable_products_compile(epilogue, gpu_name):
 @compiled
 @pytest.mark.parametrize(
     ("name", "epilogue"),
-    [
-        *(("resident", epilogue) for epilogue in [*EPILOGUES, "heads"]),
-        *(("streaming", epilogue) for epilogue in EPILOGUES),
-    ],
+    [(name, epilogue) for name in ("resident", "streaming") for epilogue in EPILOGUES][:-1],
 )
 def test_hopper_products_compile(name, epilogue):
     config = configs("h100")["matmul"][name]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    transposed, extra, scale = EPILOGUES.get(epilogue, EPILOGUES["activation"])
+    transposed, beside, parts, sums = EPILOGUES[epilogue]
     n, k = config["BLOCK_N"], config["BLOCK_K"]
     rows = 64 if name == "resident" else 128
     blocks = {"d_x": (rows, k), "d_w": (n, k) if transposed else (k, n), "d_out": (64, n), "d_extra": (64, n)}
     types = {name: f"tensordesc<bf16[{rows}, {columns}],{layout!r}>" for name, (rows, columns) in blocks.items()}
-    types |= dict.fromkeys(("tiles_m", "tiles_n", "ranges", "tiles", "steps"), "i32") | {"row_scale": "*fp32"}
-    constants = {"EPILOGUE": epilogue, "TRANSPOSED": transposed}
-    constants |= ({} if extra else {"d_extra": None}) | ({} if scale else {"row_scale": None})
+    types |= dict.fromkeys(("tiles_m", "tiles_n", "ranges", "tiles", "steps"), "i32")
+    pointers = {"other": "*bf16", "rows": "*fp32", "sums": "*fp32"}
+    types["beside"] = (*(kind if what in beside else None for what, kind in pointers.items()), "i32", "fp32")
+    constants = {"EPILOGUE": epilogue, "TRANSPOSED": transposed, "PARTS": parts, "SUMS": sums}
+    constants |= {} if "extra" in beside else {"d_extra": None}
     if name == "resident":
         constants |= {"STEPS": 8, "HALF": 8}
         if epilogue == "heads":
@@ -193,7 +218,7 @@ def test_hopper_products_compile(name, epilogue):
         else:
             constants["heads"] = None
     built = compile_for_h100(getattr(matmul_hopper, f"matmul_{name}_kernel"), types, constants, config)
-    assert built.stack == 0
+    assert built.stack <= (8 if (name, epilogue) == ("resident", "norm") else 0)  # outside the loop
     assert built.shared <= 227 * 1024
     assert "UTMALDG" in built.sass
     assert "UTMASTG" in built.sass
@@ -228,8 +253,9 @@ class TestGPU:
         """No further from float64 than the eager chain in the same dtype."""
         tensors = make(shape, hidden, dtype, "cuda")
         truth = run(torch_mlp, *(x.double() for x in tensors))
-        for name, a, b, c in zip(NAMES, run(ours, *tensors), truth, run(torch_mlp, *tensors), strict=True):
-            assert error(a, b) <= error(c, b) + 1e-6, name
+        for op in (ours, in_parts):
+            for name, a, b, c in zip(NAMES, run(op, *tensors), truth, run(torch_mlp, *tensors), strict=True):
+                assert error(a, b) <= error(c, b) + 1e-6, name
 
     @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 512, 512), (20001, 512, 512), (777, 1000, 328)])
     def test_linear_add(self, rows, inner, columns, poisoned):
@@ -238,7 +264,7 @@ class TestGPU:
         tensors = x, y, weight, g
         truth = run(torch_linear_add, *(t.double() for t in tensors))
         theirs = run(torch_linear_add, *tensors)
-        for name, a, b, c in zip(NAMES, run(linear_add, *tensors), truth, theirs, strict=True):
+        for name, a, b, c in zip(NAMES, run(our_linear_add, *tensors), truth, theirs, strict=True):
             assert error(a, b) <= error(c, b) + 1e-6, name
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -255,7 +281,7 @@ class TestGPU:
         length = rows // 2
         gain = torch.linspace(-2, 5, heads, device="cuda")
         cos, sin = reference.rotary_table(length, 2 * half, 1e4, 1024, "cuda")
-        row_scale = rms_rows(x) * SCALE
+        row_scale = (row_squares(x)[0] / 512 + reference.RMS_EPS).rsqrt() * SCALE
         qkv, inv_rms = qkv_forward(x, weight, row_scale, gain, cos, sin, kv_heads, length)
         raw = (x.double() @ weight.double().T).view(rows, total, 64)
         theirs = raw.bfloat16()
@@ -269,14 +295,14 @@ class TestGPU:
 
     def test_compiled_whole(self):
         tensors = make((2, 300, 512), 2048, torch.bfloat16, "cuda")
-        whole = torch.compile(lambda x, up, down: linear_add(ours(x, up, down) * 2, x, up[:512]), fullgraph=True)
-        eager = run(lambda x, up, down: linear_add(ours(x, up, down) * 2, x, up[:512]), *tensors)
+        whole = torch.compile(lambda x, up, down: our_linear_add(ours(x, up, down) * 2, x, up[:512]), fullgraph=True)
+        eager = run(lambda x, up, down: our_linear_add(ours(x, up, down) * 2, x, up[:512]), *tensors)
         for a, b in zip(run(whole, *tensors), eager, strict=True):
             assert error(a, b.double()) < 2e-3
 
     def test_registration(self):
         x, up, down, _ = (t.requires_grad_() for t in make((2, 96, 512), 2048, torch.bfloat16, "cuda"))
-        torch.library.opcheck(torch.ops.golf.mlp.default, (x, up, down, SCALE))
+        torch.library.opcheck(torch.ops.golf.mlp.default, (x, row_squares(x), up, down, SCALE))
         y = x.detach().clone().requires_grad_()
         torch.library.opcheck(torch.ops.golf.linear_add.default, (x, y, up[:512]))
 
@@ -285,7 +311,7 @@ class TestGPU:
         static = [x.clone().requires_grad_() for x in tensors]
 
         def step():
-            out = linear_add(ours(*static), static[0], static[1][:512])
+            out, _ = linear_add(ours(*static), static[0], static[1][:512])
             return out, *torch.autograd.grad(out, static, g)
 
         graph, captured = graphed(step)
@@ -301,16 +327,16 @@ class TestGPU:
         """A thread whose first use of the device is one of these products, as autograd's may be."""
         x, up, _, _ = make((130, 512), 512, torch.bfloat16, "cuda")
         out = []
-        thread = threading.Thread(target=lambda: out.append(linear_add(x, x, up)))
+        thread = threading.Thread(target=lambda: out.append(linear_add(x, x, up)[0]))
         thread.start()
         thread.join()
-        assert torch.equal(out[0], linear_add(x, x, up))
+        assert torch.equal(out[0], linear_add(x, x, up)[0])
 
     def test_offsets_past_two_to_the_31(self):
         """The last rows of a tensor of more than 2**31 elements agree with the same rows alone."""
         x, up, down, _ = make((2048, 512), 2048, torch.bfloat16, "cuda")
         far = x.repeat(520, 1)
-        a = up_forward(far, up, rms_rows(far))
+        a = up_forward(far, up, row_squares(far), 1.0)
         assert a.numel() > 2**31
-        assert torch.equal(a[-2048:], up_forward(x, up, rms_rows(x)))
+        assert torch.equal(a[-2048:], up_forward(x, up, row_squares(x), 1.0))
         assert torch.equal(mlp(far, up, down)[-2048:], mlp(x, up, down))
