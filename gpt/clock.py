@@ -29,8 +29,8 @@ class Clock:
     """The clock of the wall-clock cap. Runs while training does, stands during validation.
 
     Every step's loss, gradient norm and launch time are averaged over the ranks on the device and read back once the
-    step is done, at most IN_FLIGHT steps later. Decisions (learning rate, stopping) come from those averages alone, so
-    every rank takes the same ones.
+    step is done, at most IN_FLIGHT steps later, and with them whether a rank was told to stop. Decisions (learning
+    rate, stopping) come from those averages alone, so every rank takes the same ones.
     """
 
     def __init__(self, ranks: Ranks, elapsed: float = 0.0) -> None:
@@ -39,6 +39,7 @@ class Clock:
         self._since: float | None = None
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._launches: deque[tuple[int, float]] = deque(maxlen=9)
+        self.stopping = False  # whether some rank was told to stop by the launch of a step collected since
 
     @property
     def elapsed(self) -> float:
@@ -54,13 +55,13 @@ class Clock:
         self._before, self._since = self.elapsed, None
         return reports
 
-    def push(self, step: int, launched: float, loss: Tensor, norm: Tensor) -> None:
-        """Note a step that was just launched at training second `launched`."""
-        stats = torch.stack((loss.detach().double(), norm.double(), torch.zeros_like(loss, dtype=torch.float64)))
-        stats[2] = launched
+    def push(self, step: int, launched: float, loss: Tensor, norm: Tensor, stop: bool = False) -> None:
+        """Note a step that was just launched at training second `launched`; stop: this rank was told to."""
+        stats = loss.new_zeros(4, dtype=torch.float64)
+        stats[0], stats[1], stats[2], stats[3] = loss.detach(), norm, launched, float(stop)
         self.ranks.all_reduce(stats, dist.ReduceOp.AVG)
         if stats.is_cuda:
-            host = torch.empty(3, dtype=torch.float64, pin_memory=True)
+            host = torch.empty(4, dtype=torch.float64, pin_memory=True)
             host.copy_(stats, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -77,7 +78,8 @@ class Clock:
             step, stats, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, launched = stats.tolist()
+            loss, norm, launched, stop = stats.tolist()
+            self.stopping |= stop > 0
             reports.append(StepReport(step, loss, norm, launched))
             self._launches.append((step, launched))
         return reports

@@ -8,6 +8,7 @@ openai/parameter-golf.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -229,19 +230,19 @@ class Config(BaseModel):
         return self.depth(step >= self.recur_start_step)
 
     def accumulation(self, world_size: int) -> int:
-        """Forward passes of one rank in one step.
+        """Forward passes of one rank in one step; all of them together take the batch's rows, evenly but for one row.
 
-        Raises ConfigError where the batch does not divide into whole rows for each rank.
+        Raises ConfigError where there are more of them than rows.
         """
         rows = self.train_batch_tokens // self.train_seq_len
-        if rows % world_size:
+        accumulation = math.ceil(rows / (world_size * (self.micro_batch_tokens // self.train_seq_len)))
+        if world_size * accumulation > rows:
             raise ConfigError(
-                f"world size {world_size} does not divide the batch: train_batch_tokens={self.train_batch_tokens} is "
-                f"{rows} rows of {self.train_seq_len}; wanted a multiple of {world_size} rows"
+                f"world size {world_size} is too large for the batch: train_batch_tokens={self.train_batch_tokens} is "
+                f"{rows} rows of {self.train_seq_len}, found {world_size * accumulation} forward passes of at most "
+                f"micro_batch_tokens={self.micro_batch_tokens}; wanted a row for each"
             )
-        local = rows // world_size
-        most = self.micro_batch_tokens // self.train_seq_len
-        return next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
+        return accumulation
 
     def fingerprint(self) -> str:
         """sha256 of the settings that define the model and its training; machine paths do not count."""

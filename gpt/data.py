@@ -234,7 +234,7 @@ class BatchSource:
     sequential: as the seed's script. All shards are one stream in name order, over and over; a micro-step takes
     world_size spans of micro_tokens + 1, rank r the r-th of them.
 
-    Raises DataError where shards are missing, damaged or too short, ConfigError where the batch does not divide.
+    Raises DataError where shards are missing, damaged or too short, ConfigError where the batch is too small.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
@@ -242,7 +242,6 @@ class BatchSource:
         self.rank = rank
         self.world_size = world_size
         self.accumulation = config.accumulation(world_size)
-        self.rows = config.train_batch_tokens // config.train_seq_len // world_size // self.accumulation
         self._stream = TokenStream(train_shards(config.data_path), config.vocab_size, config.held_out_tokens)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
         if config.train_order == "shuffled":
@@ -254,12 +253,16 @@ class BatchSource:
         Raises DataError where a token is outside the vocabulary.
         """
         seq_len = self.config.train_seq_len
-        place = (step * self.accumulation + micro) * self.world_size + self.rank
+        rows = self.config.train_batch_tokens // seq_len
+        # A batch is cut into parts, even but for one row: of each micro-step one a rank.
+        parts, part = self.accumulation * self.world_size, micro * self.world_size + self.rank
+        first, end = part * rows // parts, (part + 1) * rows // parts
         if self.config.train_order == "sequential":
-            span = self._stream.read(place * (self.rows * seq_len + 1), self.rows * seq_len + 1)
-            pair = [span[:-1].reshape(self.rows, seq_len), span[1:].reshape(self.rows, seq_len)]
+            start = step * (rows * seq_len + parts) + first * seq_len + part
+            span = self._stream.read(start, (end - first) * seq_len + 1)
+            pair = [span[:-1].reshape(-1, seq_len), span[1:].reshape(-1, seq_len)]
         else:
-            block = self._all_rows.read(self._shuffled(place * self.rows, self.rows))
+            block = self._all_rows.read(self._shuffled(step * rows + first, end - first))
             pair = [block[:, :-1], block[:, 1:]]
         return np.stack(pair, dtype=np.int32)
 

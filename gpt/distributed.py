@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +83,19 @@ def distributed(device: str) -> Iterator[Ranks]:
     yield Ranks(rank, world_size, target)
     # Not after an error: peers may wait in a collective that this rank will never join. See run_program.
     dist.destroy_process_group()
+
+
+@contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; it ends the process only after the context, where no exception does. Main thread."""
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if told.is_set():
+        signal.raise_signal(signal.SIGTERM)
 
 
 def run_program(main: Callable[[list[str]], int]) -> NoReturn:

@@ -44,6 +44,7 @@ class _Bank:
     shard: Tensor  # this rank's share of the mean gradient, in the model's dtype
     whole: Tensor  # (share * ranks, rows, columns) in the model's dtype: gradients that leave, updates that arrive
     update_scale: float
+    sent: Any = None  # the reduce-scatter under way
 
     @property
     def count(self) -> int:
@@ -57,12 +58,16 @@ class _Bank:
 class Optimizer:
     """Optimizer of a GPT over all ranks; every rank ends each step with the same weights.
 
-    A step: reduce-scatter (mean) of each bank's gradient along its first axis, largest first, and one all-reduce of
-    all other gradients in a flat bucket; clip by the norm of the averaged gradient; momentum, Nesterov and
+    A step: reduce-scatter (mean) of each bank's gradient along its first axis, from backward() on, and one all-reduce
+    of all other gradients in a flat bucket; clip by the norm of the averaged gradient; momentum, Nesterov and
     Newton-Schulz of this rank's share of all banks together; the all-gather of each bank's update, during which AdamW
     runs and the banks gathered before are updated. Every update takes the EMA along. Nothing in a step waits for the
     GPU, and all that changes from step to step beside the gradients are arguments of the ops' launches. Banks are
     communicated in the model's dtype, everything else in float32.
+
+    What can overlap: the model casts each bank once, before its layers, and autograd runs what was made first last. So
+    the banks' gradients become final behind those of all layers and of the embedding, in the order mlp_down, mlp_up,
+    kv, qo, and each is on its way while the next is still put together. bench.scaling has the times.
     """
 
     def __init__(self, model: GPT, config: Config, ranks: Ranks) -> None:
@@ -87,6 +92,10 @@ class Optimizer:
         emas = {id(bank.parameter): bank.ema for bank in self.banks}
         emas |= dict(zip(map(id, self.rest), self._views(self.rest_ema), strict=True))
         self.ema = [emas[id(p)] for p in self.parameters]
+        self._last = False  # whether the backward under way is the last of a step
+        if ranks.world_size > 1:
+            for bank in self.banks:
+                bank.parameter.register_post_accumulate_grad_hook(lambda _, bank=bank: self._final(bank))
 
     def _bank(self, parameter: Tensor) -> _Bank:
         count, rows, columns = parameter.shape
@@ -109,6 +118,25 @@ class Optimizer:
         config = self.config
         done = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
         return config.muon_momentum_warmup_start + done * (config.muon_momentum - config.muon_momentum_warmup_start)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradients of a loss; in the last backward of a step each bank's leaves once it is final.
+
+        Its order is the graph's, so it is the same on every rank.
+        """
+        self._last = last
+        loss.backward()
+        self._last = False
+
+    def _final(self, bank: _Bank) -> None:
+        if self._last:
+            self._send(bank)
+
+    def _send(self, bank: _Bank) -> None:
+        """Start the reduce-scatter of a bank's gradient."""
+        bank.whole[: bank.count].copy_(_gradient(bank.parameter))
+        bank.whole[bank.count :].zero_()
+        bank.sent = _reduce_scatter(bank.shard, bank.whole, op=dist.ReduceOp.AVG, async_op=True)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float) -> Tensor:
@@ -156,18 +184,15 @@ class Optimizer:
     def _reduce(self) -> list[Tensor]:
         """This rank's share of each bank's mean gradient; the bucket holds the mean gradient of the rest."""
         torch._foreach_copy_(self.bucket_views, [_gradient(p) for p in self.rest])
-        gradients = [_gradient(bank.parameter) for bank in self.banks]
         if self.ranks.world_size == 1:
-            return gradients
-        torch._foreach_copy_([bank.whole[: bank.count] for bank in self.banks], gradients)
-        works = []
+            return [_gradient(bank.parameter) for bank in self.banks]
         for bank in self.banks:
-            if bank.count < len(bank.whole):
-                bank.whole[bank.count :].zero_()
-            works.append(_reduce_scatter(bank.shard, bank.whole, op=dist.ReduceOp.AVG, async_op=True))
+            if bank.sent is None:  # gradients that did not come by backward()
+                self._send(bank)
         dist.all_reduce(self.bucket, op=dist.ReduceOp.AVG)
-        for work in works:
-            work.wait()
+        for bank in self.banks:
+            bank.sent.wait()
+            bank.sent = None
         return [bank.shard for bank in self.banks]
 
     def _norm(self, shards: list[Tensor]) -> Tensor:

@@ -40,10 +40,14 @@ class RecordError(ValueError):
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its name once it is whole and on the disk, and never if the writing fails."""
     partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)  # a full disk has room again
+        raise
     partial.replace(path)
 
 
@@ -159,8 +163,9 @@ class Run:
             write_atomic(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl. Raises RecordError where a checkpoint could not be written meanwhile."""
         if self.ranks.main:
+            self._check()
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -185,6 +190,8 @@ class Run:
                 with whole_file(self.path / "checkpoint.pt") as file:
                     torch.save(copied, file)
             except BaseException as error:
+                while error.__context__ is not None:  # torch's complaint about a disk that was full
+                    error = error.__context__
                 self._failure = error
 
         self._writer = threading.Thread(target=write, name="checkpoint")
@@ -197,6 +204,9 @@ class Run:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+        self._check()
+
+    def _check(self) -> None:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise RecordError(f"checkpoint of {self.path} was not written: {failure}; the one before stands")

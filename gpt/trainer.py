@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from torch import Tensor
 from gpt.clock import Clock, StepReport
 from gpt.config import Config
 from gpt.data import TrainLoader
-from gpt.distributed import Ranks
+from gpt.distributed import Ranks, sigterm
 from gpt.gptq import collect_hessians
 from gpt.model import GPT
 from gpt.optimizer import Optimizer
@@ -26,7 +28,7 @@ CHECKPOINT_FORMAT = 2  # of what _save stores
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss or the gradient is not finite."""
+    """Training cannot go on: the loss or the gradient is not finite, or SIGTERM came."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,19 @@ class Trainer:
             return 0.0
         weights = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator(self.ranks.device).manual_seed(config.seed)
-        rows = config.train_batch_tokens // config.train_seq_len // self.ranks.world_size // self.accumulation
+        rows = math.ceil(
+            config.train_batch_tokens // config.train_seq_len / (self.ranks.world_size * self.accumulation)
+        )
         for depth in dict.fromkeys((config.depth(False), config.depth_at(config.iterations))):
             for _ in range(config.warmup_steps):
-                for _ in range(self.accumulation):
+                for micro in range(self.accumulation):
                     tokens = torch.randint(
                         config.vocab_size,
                         (rows, config.train_seq_len + 1),
                         generator=generator,
                         device=self.ranks.device,
                     )
-                    self._backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depth)
+                    self._backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depth, micro)
                 self.optimizer.step(0, 1.0)
         collect_hessians(self.model, depth, [tokens[:, :-1].contiguous()], self.ranks)  # calibration is on the clock
         with torch.no_grad():
@@ -89,31 +93,51 @@ class Trainer:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def _backward(self, tokens: Tensor, targets: Tensor, depth: tuple[int, ...]) -> Tensor:
-        """Accumulate the gradient of one forward pass; returns its share of the step's loss, ()."""
-        loss: Tensor = self._loss(tokens, targets, depth, self._rotary) / self.accumulation
-        loss.backward()
+    def _backward(self, tokens: Tensor, targets: Tensor, depth: tuple[int, ...], micro: int) -> Tensor:
+        """Accumulate the gradient of a micro-step; returns its share of the step's loss on this rank, ().
+
+        It weighs what it has of the batch's tokens, so that the mean over ranks is that of all tokens.
+        """
+        parts = self.config.train_batch_tokens / (tokens.numel() * self.ranks.world_size)
+        loss: Tensor = self._loss(tokens, targets, depth, self._rotary) / parts
+        self.optimizer.backward(loss, last=micro == self.accumulation - 1)
         return loss.detach()
 
     def train(self, validate: Callable[[tuple[int, ...]], Score]) -> Trained:
         """Train from the run's checkpoint, or from the start, to the end; the model is left with the EMA weights.
 
         validate(depth) scores the model as it stands, with the layers of its last step. Raises TrainingError where the
-        loss is not finite, RecordError where the checkpoint is of another configuration.
+        loss is not finite and, with a checkpoint of the last step, after SIGTERM to any rank; RecordError where the
+        checkpoint is of another configuration or cannot be written. A checkpoint under way is finished in any case.
         """
         checkpoint = self._restore()
         step, finished = (checkpoint["step"], checkpoint["finished"]) if checkpoint else (0, False)
         clock = Clock(self.ranks, checkpoint["elapsed"] if checkpoint else 0.0)
         train_loss = checkpoint["train_loss"] if checkpoint else math.nan
         if not finished:
-            step, train_loss = self._loop(clock, step, resumed=checkpoint is not None, validate=validate)
-            self._save(step, clock.elapsed, train_loss, finished=True)
+            with sigterm() as told:
+                try:
+                    step, train_loss = self._loop(clock, step, checkpoint is not None, validate, told)
+                except RuntimeError as error:
+                    # A peer is gone, perhaps. Here, where the launcher's SIGTERM does not cut the line off.
+                    if not isinstance(error, TrainingError):
+                        again = f"go on from the last checkpoint with train.py --resume {self.run.path}"
+                        print(f"rank {self.ranks.rank}: {error}; {again}", file=sys.stderr, flush=True)
+                    raise
+                finally:
+                    self.run.join()
+                self._save(step, clock.elapsed, train_loss, finished=True, wait=True)
         self.model.load_state_dict(self.optimizer.ema_state())
         self.run.draw_curves()
         return Trained(step, clock.elapsed, train_loss, self._last_depth(step))
 
     def _loop(
-        self, clock: Clock, step: int, resumed: bool, validate: Callable[[tuple[int, ...]], Score]
+        self,
+        clock: Clock,
+        step: int,
+        resumed: bool,
+        validate: Callable[[tuple[int, ...]], Score],
+        told: threading.Event,  # to stop
     ) -> tuple[int, float]:
         """Steps from `step` on; returns how many are done in all and the last one's loss."""
         config, first = self.config, step
@@ -134,15 +158,18 @@ class Trainer:
                 if finished:
                     progress.report(self._finite(clock.stop()), clock)
                     return step, progress.train_loss
-                if step > first and config.checkpoint_every and step % config.checkpoint_every == 0:
+                due = config.checkpoint_every and step % config.checkpoint_every == 0
+                if step > first and (due or clock.stopping):
                     progress.report(self._finite(clock.collect(0)), clock)
-                    self._save(step, clock.elapsed, progress.train_loss)
+                    self._save(step, clock.elapsed, progress.train_loss, wait=clock.stopping)
+                if clock.stopping:
+                    raise TrainingError(f"SIGTERM after step {step}; go on with train.py --resume {self.run.path}")
                 launched = clock.elapsed
                 factor = lr_factor(config, max(step / config.iterations, begins / self.cap if self.cap else 0.0))
                 depth = config.depth_at(step)
-                losses = [self._backward(*next(loader), depth) for _ in range(self.accumulation)]
+                losses = [self._backward(*next(loader), depth, micro) for micro in range(self.accumulation)]
                 norm = self.optimizer.step(step, factor)
-                clock.push(step, launched, torch.stack(losses).sum(), norm)
+                clock.push(step, launched, torch.stack(losses).sum(), norm, told.is_set())
                 progress.launched(step, factor, depth)
                 step += 1
 
@@ -159,7 +186,8 @@ class Trainer:
                 )
         return reports
 
-    def _save(self, step: int, elapsed: float, train_loss: float, finished: bool = False) -> None:
+    def _save(self, step: int, elapsed: float, train_loss: float, finished: bool = False, wait: bool = False) -> None:
+        """Write a checkpoint; wait: until it is on the disk, on every rank."""
         self.run.save_checkpoint(
             {
                 "format": CHECKPOINT_FORMAT,
@@ -171,8 +199,10 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             },
-            wait=finished,
+            wait=wait,
         )
+        if wait:
+            self.ranks.gather(None)
 
     def _restore(self) -> dict[str, Any] | None:
         """Take over weights and optimizer of the run's checkpoint, where there is one; returns the checkpoint."""

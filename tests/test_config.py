@@ -29,7 +29,7 @@ def test_the_seeds_command_sets_the_seeds_configuration(monkeypatch: pytest.Monk
     assert (config.preset, config.vocab_size, config.recur_layers) == ("seed", 8192, (3, 4, 5))
     assert (config.recur_start_step, config.warmdown_frac, config.ema_decay) == (2000, 0.72, 0.9965)
     assert (config.train_batch_tokens, config.document_mask, config.train_order) == (786_432, False, "sequential")
-    for world_size, accumulation in ((1, 8), (2, 4), (4, 2), (8, 1), (3, 4)):
+    for world_size, accumulation in ((1, 8), (2, 4), (4, 2), (8, 1), (3, 3), (5, 2), (7, 2)):
         assert config.accumulation(world_size) == accumulation
 
 
@@ -108,9 +108,13 @@ def test_switches_are_flags() -> None:
     assert not load_config(["--preset", "sample", "--no-document-mask"]).document_mask
 
 
-def test_a_world_size_that_does_not_divide_the_batch_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"world size 5 does not divide the batch.*384 rows.*multiple of 5"):
-        build_config(preset="seed").accumulation(5)
+def test_a_world_size_with_more_parts_than_the_batch_has_rows_is_an_error() -> None:
+    config = build_config(preset="seed")
+    assert config.accumulation(384) == 1
+    with pytest.raises(ConfigError, match=r"world size 400 is too large.*384 rows.*found 400 forward passes"):
+        config.accumulation(400)
+    with pytest.raises(ConfigError, match=r"world size 193 is too large.*384 rows.*found 386 forward passes"):
+        config.model_copy(update={"micro_batch_tokens": 2048}).accumulation(193)
 
 
 def test_the_fingerprint_knows_the_model_but_not_the_machine() -> None:

@@ -19,9 +19,11 @@ import pytest
 import torch
 
 from gpt.artifact import load
-from gpt.config import ROOT
+from gpt.config import ROOT, build_config
 from gpt.data import open_shard, write_shard
+from gpt.distributed import Ranks
 from gpt.ledger import seal
+from gpt.record import RecordError, Run
 
 SAMPLE = ROOT / "data/sample"
 # A model small enough for a test, by the seed's own environment names.
@@ -361,10 +363,88 @@ def test_what_is_wrong_is_said_in_one_line(
     assert set(tmp_path.iterdir()) == before  # nothing in the way of the corrected command
 
 
-def test_two_processes_refuse_a_batch_that_does_not_divide(data: Path, tmp_path: Path) -> None:
-    done = train(small(data, tmp_path, "odd", TRAIN_BATCH_TOKENS="192", MICRO_BATCH_TOKENS="64"), processes=2)
-    assert done.returncode != 0
-    assert "world size 2 does not divide the batch" in done.stderr
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_it_whole(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train import main
+
+    for name, value in small(data, tmp_path, "wild", CHECKPOINT_EVERY="1", SCALAR_LR="1e30", ADAM_WD="0").items():
+        monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    run = tmp_path / "wild"
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(r"TrainingError: step 2: loss \S+, gradient norm \S+; wanted finite ones. .*wild", line), line
+    state = torch.load(run / "checkpoint.pt")
+    assert state["step"] == 1
+    assert all(np.isfinite(entry).all() for entry in metrics(run, "train_loss", "gradient_norm"))
+    assert metrics(run, "step")[-1] == (1,)
+
+
+def interrupt(process: subprocess.Popen[str], run: Path, step: int, what: signal.Signals, rank: bool) -> str:
+    """Send a signal once a step is logged, to the launcher or to its second rank; what was said until all had ended."""
+    deadline, log = time.monotonic() + 200, run / "metrics.jsonl"
+    while not (log.exists() and f'"step": {step}, "train_loss"' in log.read_text()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]) if rank else process.pid, what)
+    return process.communicate(timeout=45)[1]
+
+
+def test_interrupted_in_every_way_it_resumes_on_any_number_of_processes(
+    whole: tuple[Path, str], data: Path, tmp_path: Path
+) -> None:
+    """A rank is killed, the launcher told to stop, the disk full; five processes, of 2 or 3 rows each, end the run."""
+    run = tmp_path / "interrupted"
+
+    def start(*arguments: str, **settings: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command(2, arguments), env=environ(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    process = start(**small(data, tmp_path, run.name))
+    said = interrupt(process, run, 3, signal.SIGKILL, rank=True)
+    assert process.returncode == 1
+    assert "Signal 9 (SIGKILL) received by PID" in said
+    assert f"train.py --resume {run}" in said
+
+    process = start("--resume", str(run))
+    said = interrupt(process, run, 5, signal.SIGTERM, rank=False)
+    assert process.returncode == 1
+    step = torch.load(run / "checkpoint.pt")["step"]
+    assert 5 <= step < 8
+    assert f"TrainingError: SIGTERM after step {step}; go on with train.py --resume {run}" in said
+
+    before = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt.part").symlink_to("/dev/full")
+    done = train({}, "--resume", str(run))
+    assert done.returncode == 2
+    assert "was not written: [Errno 28] No space left on device; the one before stands" in done.stderr
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+    done = train({}, "--resume", str(run), processes=5)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for alone, together in zip(metrics(whole[0], *CURVE), metrics(run, *CURVE), strict=True):
+        assert together == pytest.approx(alone, rel=2e-5)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small file system")
+    try:
+        run = Run(tmp_path, build_config(preset="sample"), Ranks(0, 1, torch.device("cpu")))
+        run.save_checkpoint({"step": 1, "weights": torch.randn(500_000)}, wait=True)
+        run.save_checkpoint({"step": 2, "weights": torch.randn(500_000)})
+        with pytest.raises(RecordError, match="No space left on device; the one before stands"):
+            run.join()
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]  # and room for a last word
+        found = run.load_checkpoint()
+        assert found
+        assert found["step"] == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_finished_run_is_packed_again(whole: tuple[Path, str], tmp_path: Path) -> None:
