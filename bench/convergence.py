@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.common import COLORS, write_result
+from gpt.capture import micro_step
 from gpt.config import Config, build_config
 from gpt.data import TrainLoader
 from gpt.distributed import Ranks
@@ -33,16 +34,14 @@ from kernels import select
 def run(config: Config, kernels: str, ranks: Ranks, steps: int) -> dict[str, Any]:
     """Train `steps` steps from the start. Compiling happens in steps that no median sees."""
     model = GPT(config, select(kernels, ranks.device), ranks.dtype).initialise(config.seed).to(ranks.device)
-    optimizer, function, rotary = Optimizer(model, config, ranks), model.ops.graph(model), model.rotary(2048)
+    optimizer, forward_backward = Optimizer(model, config, ranks), micro_step(model, model.rotary(2048))
     losses, events = [], [torch.cuda.Event(enable_timing=True)]
     begin = time.perf_counter()
     with TrainLoader(config, 0, 1, ranks.device) as loader:
         events[0].record()
         for step in range(steps):
-            loss = function(*next(loader), config.depth_at(step), rotary)
-            loss.backward()
+            losses.append(forward_backward(*next(loader), config.depth_at(step), 1.0))
             optimizer.step(step, 1.0)
-            losses.append(loss.detach())
             events.append(torch.cuda.Event(enable_timing=True))
             events[-1].record()
             if step == 0:

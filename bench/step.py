@@ -3,12 +3,13 @@
     python -m bench.step --tokens data/fineweb_val_000000.bin
 
 One GPU's share of the seed's step: 48 rows of 2048 tokens, 11 or 14 layers, dense or document-masked attention, bf16.
-`triton` is ours; `compiled` is torch.compile of the reference with cuDNN attention and mix-order reduction off. Steps
-of all implementations of a case alternate in one process; figures are medians. Parts come from the profiler's kernel
-times. The least they can take: products and attention, their FLOPs at the measured rate of an 8192^3 product; loss,
-the logits read and written once; percent_of_ceiling is the sum of these three over the whole time. Beside glue stands
-no such bound but the traffic of our own schedule, its passes over the residual stream at the speed of a copy. Writes
-bench/results/step-<gpu>.json and .png.
+`triton` is ours, replayed as a CUDA graph as in training; `compiled` is torch.compile of the reference with cuDNN
+attention and mix-order reduction off. Steps of all implementations of a case alternate in one process; figures are
+medians. Parts come from the profiler's kernel times, gaps are what is left. The least they can take: products and
+attention, their FLOPs at the measured rate of an 8192^3 product; loss, the logits read and written once;
+percent_of_ceiling is the sum of these three over the whole time. Beside glue stands no such bound but the traffic of
+our own schedule, its passes over the residual stream at the speed of a copy. Writes bench/results/step-<gpu>.json and
+.png.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.common import COLORS, ceilings, document_starts, milliseconds, read_tokens, write_result
+from gpt.capture import micro_step
 from gpt.config import Config, build_config
 from gpt.model import GPT
 from kernels import AUTO, select
@@ -55,9 +57,9 @@ def least_times(config: Config, layers: int, pairs: int, measured: dict[str, flo
     width = dim + 2 * config.num_kv_heads * config.head_dim  # of q, k and v
     weights = layers * dim * (width + dim + 2 * config.mlp_dim) + config.vocab_size * dim
     flops, stream = 1e9 * measured["bf16_tflops"], tokens * dim * 2 / (1e6 * measured["copy_gb_s"])
-    # mix (x, x0 -> x); back: product, residual, x, x0 and its gradient -> two; norm before the MLP: 3 -> 1; rotary
-    # and head norms: q, k and the gradients of q, k, v read, the latter written.
-    passes = 3 + 7 + 4 + (2 * width + width - config.num_kv_heads * config.head_dim) / dim
+    # mix (x, x0 -> x); back: product, residual, x, x0 and its gradient -> two; rotary and head norms: q, k and the
+    # gradients of q, k, v read, the latter written.
+    passes = 3 + 7 + (2 * width + width - config.num_kv_heads * config.head_dim) / dim
     return {
         "products": 6 * tokens * weights / flops,
         "attention": 14 * pairs * config.num_heads * config.head_dim * layers / flops,
@@ -73,15 +75,14 @@ def training_step(implementation: str, config: Config, tokens: Tensor, layers: t
     with torch.no_grad():  # output matrices are zero at first: zeros would flatter the clock
         for bank in (model.qo_bank[config.num_layers :], model.mlp_down_bank):
             bank.normal_(std=0.02)
-    function, rotary = model.ops.graph(model), model.rotary(LENGTH)
+    run = micro_step(model, model.rotary(LENGTH))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> Tensor:
-        loss: Tensor = function(x, y, layers, rotary)
-        loss.backward()
+        loss = run(x, y, layers, 1.0)
         for parameter in model.parameters():
             parameter.grad = None
-        return loss.detach()
+        return loss
 
     return step
 

@@ -3,7 +3,8 @@ parameter-golf pull requests 399 (banks) and 1285 (MuonEq-R)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -58,7 +59,7 @@ class _Bank:
 class Optimizer:
     """Optimizer of a GPT over all ranks; every rank ends each step with the same weights.
 
-    A step: reduce-scatter (mean) of each bank's gradient along its first axis, from backward() on, and one all-reduce
+    A step: reduce-scatter (mean) of each bank's gradient along its first axis, from the backward on, and one all-reduce
     of all other gradients in a flat bucket; clip by the norm of the averaged gradient; momentum, Nesterov and
     Newton-Schulz of this rank's share of all banks together; the all-gather of each bank's update, during which AdamW
     runs and the banks gathered before are updated. Every update takes the EMA along. Nothing in a step waits for the
@@ -119,13 +120,12 @@ class Optimizer:
         done = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
         return config.muon_momentum_warmup_start + done * (config.muon_momentum - config.muon_momentum_warmup_start)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate the gradients of a loss; in the last backward of a step each bank's leaves once it is final.
-
-        Its order is the graph's, so it is the same on every rank.
-        """
+    @contextmanager
+    def sending(self, last: bool) -> Iterator[None]:
+        """Around a backward: in the last of a step each bank's gradient leaves once it is final, in the graph's order,
+        which is the same on every rank. Where no hooks run, as in a captured backward, step() sends them."""
         self._last = last
-        loss.backward()
+        yield
         self._last = False
 
     def _final(self, bank: _Bank) -> None:
@@ -187,7 +187,7 @@ class Optimizer:
         if self.ranks.world_size == 1:
             return [_gradient(bank.parameter) for bank in self.banks]
         for bank in self.banks:
-            if bank.sent is None:  # gradients that did not come by backward()
+            if bank.sent is None:
                 self._send(bank)
         dist.all_reduce(self.bucket, op=dist.ReduceOp.AVG)
         for bank in self.banks:

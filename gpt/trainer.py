@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt.capture import micro_step
 from gpt.clock import Clock, StepReport
 from gpt.config import Config
 from gpt.data import TrainLoader
@@ -57,8 +58,7 @@ class Trainer:
         self.optimizer = Optimizer(model, config, ranks)
         self.accumulation = config.accumulation(ranks.world_size)
         self.cap = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else 0.0
-        self._loss = model.ops.graph(model)
-        self._rotary = model.rotary(config.train_seq_len)
+        self._micro_step = micro_step(model, model.rotary(config.train_seq_len))
 
     def warm_up(self) -> float:
         """Run each depth on random tokens, so that everything is compiled and allocated, and restore the state.
@@ -98,10 +98,9 @@ class Trainer:
 
         It weighs what it has of the batch's tokens, so that the mean over ranks is that of all tokens.
         """
-        parts = self.config.train_batch_tokens / (tokens.numel() * self.ranks.world_size)
-        loss: Tensor = self._loss(tokens, targets, depth, self._rotary) / parts
-        self.optimizer.backward(loss, last=micro == self.accumulation - 1)
-        return loss.detach()
+        weight = tokens.numel() * self.ranks.world_size / self.config.train_batch_tokens
+        with self.optimizer.sending(last=micro == self.accumulation - 1):
+            return self._micro_step(tokens, targets, depth, weight)
 
     def train(self, validate: Callable[[tuple[int, ...]], Score]) -> Trained:
         """Train from the run's checkpoint, or from the start, to the end; the model is left with the EMA weights.

@@ -54,6 +54,11 @@ class Ops:
     graph: Callable[[Op], Op]
     names: dict[str, str]
 
+    @property
+    def capturable(self) -> bool:
+        """Whether forward and backward of the model may be captured in a CUDA graph: our kernels never wait."""
+        return {self.names[op] for op in _MODEL} == {"triton"}
+
     def require(self, model_dim: int, head_dim: int, rope_dims: int, softcap: float) -> None:
         """Raise KernelError where Triton kernels were chosen that do not take a model of these sizes."""
         chosen = {op for op, implementation in self.names.items() if implementation == "triton"}
@@ -79,6 +84,8 @@ class Ops:
 AUTO = "triton,int6_linear=reference"
 
 _OPS = tuple(field.name for field in fields(Ops) if field.name not in ("graph", "names"))
+# Those of forward and backward: all before the optimizer's.
+_MODEL = _OPS[: _OPS.index("newton_schulz")]
 # An attention implementation and the mask it takes go together.
 _PAIRED = {"attention": "attention_mask"}
 # The model's attention takes packed heads, as the product before it writes them.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpt.capture import Captured, micro_step
 from gpt.config import Config, build_config
 from gpt.model import GPT, orthogonal_
 from kernels import KernelError, Ops, reference, select
@@ -224,6 +225,47 @@ def test_kernels_on_a_gpu_are_as_near_float64_as_the_reference(kernels: str, doc
     assert total <= 1.1 * peer_total
     # One vector of a few hundred numbers is a small sample of rounding errors: the bound is wide for each alone.
     assert {name: pair for name, pair in errors.items() if pair[0] > 3 * pair[1] + 1e-3} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_captured_micro_step_is_the_same_as_launched_ones(document_mask: bool) -> None:
+    """Loss and gradients of several steps, two micro-steps each, weights changing between them, both depths."""
+    device = torch.device("cuda")
+    config = build_config(
+        num_layers=4,
+        recur_layers=(2,),
+        document_mask=document_mask,
+        train_seq_len=512,
+        train_batch_tokens=4096,
+        micro_batch_tokens=2048,
+        vocab_size=1024,
+        model_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+    )
+    model = GPT(config, select("auto", device), torch.bfloat16).initialise(3).to(device)
+    rotary = model.rotary(512)
+    captured = micro_step(model, rotary)
+    assert isinstance(captured, Captured)
+    generator = torch.Generator().manual_seed(5)
+    for step, depth in enumerate((config.depth(False), config.depth(True), config.depth(False), config.depth(True))):
+        batches = torch.randint(2, 1024, (2, 4, 513), generator=generator).to(device)
+        batches[0, 0, 100] = batches[1, 3, 1] = 1
+        with torch.no_grad():
+            model.mlp_down_bank.add_(0.05 * torch.randn(model.mlp_down_bank.shape, generator=generator).to(device))
+        micro = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in batches]
+        losses = [captured(*tensors, depth, 0.5) for tensors in micro]
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+        wanted = [model(*tensors, depth, rotary) * 0.5 for tensors in micro]
+        torch.autograd.backward(wanted)
+        assert torch.equal(torch.stack(losses), torch.stack(wanted)), step
+        for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True):
+            torch.testing.assert_close(
+                gradient, parameter.grad, rtol=2e-2, atol=2e-3 * gradient.abs().max().item(), msg=name
+            )
+        model.zero_grad(set_to_none=True)
 
 
 def test_orthogonal_banks() -> None:
