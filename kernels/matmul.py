@@ -3,14 +3,14 @@
     up_forward       a = square(leaky_relu(r_m (x up^T), 0.5))            x (M, D), up (F, D), r of the rows of x
     product_add      out = x + y w^T                                      x (M, N), y (M, K), w (N, K)
     down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
-    up_backward      dx = dy + du up - x_m mean(dx_m' x_m) / ms_m         du (M, F), up (F, D); dx' = du up
+    up_backward      dx = dy + du up - c_m x                              du (M, F), up (F, D), x (M, D)
     qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
 
-r = scale / sqrt(ms), ms = mean(x^2) + eps, is the row's factor of an RMS norm without weights: a norm in front of a
-product is a factor behind it, and the normalised x is never written. What makes a row's ms known is the sum of its
-squares, which the product that writes x leaves behind in parts, one for each 128 columns. In the gradient of that norm
-stands the mean over a row of (du up) x = du (x up^T) = (dy down) u da/du, and u da/du = 2 a, for a is homogeneous of
-degree two: down_backward, which holds dy down and a, leaves its sums behind, and no pass over dx' is needed.
+r = scale / sqrt(mean(x^2) + eps) is the row's factor of an RMS norm without weights: a norm in front of a product is a
+factor behind it, and the normalised x is never written. The sum of a row's squares is left behind by the product that
+writes x, in parts, one for each 128 columns. In the gradient of that norm stands c = mean((du up) x) / mean(x^2). The
+sum over a row of (du up) x is that of du (x up^T) = (dy down) u da/du, and u da/du = 2 a, for a is homogeneous of
+degree two: down_backward, which holds dy down and a, leaves these sums too, and no pass over du up is needed.
 
 One tensor is kept of the activation: a >= 0, and the last mantissa bit of its bf16 holds the sign of u (1 is negative),
 so that da/du = 2 sqrt(a) or -sqrt(a) comes back from a alone while the products that read a need not know. a is rounded
@@ -33,15 +33,17 @@ import triton.language as tl
 
 from kernels import matmul_hopper, rotary
 from kernels.launch import DTYPES, expect, gpu, settings
-from kernels.matmul_epilogue import matmul_epilogue, row_factor, row_terms
+from kernels.matmul_epilogue import matmul_epilogue, row_terms
+from kernels.reference import RMS_EPS
+
+_RMS_EPS = tl.constexpr(RMS_EPS)
 
 
 # ------------------------------------------------------------------------------------------------ portable kernel
 @triton.jit
 def matmul_kernel(
-    x, w, out, extra, other, rows, sums, M, N, K, dim, scale, stride_wn, stride_wk,
-    EPILOGUE: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, w, out, extra, other, row_scale, sums, M, N, K, stride_wn, stride_wk,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     o_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,13 +65,29 @@ def matmul_kernel(
     if other is not None:
         b_other = tl.load(other + o_row * N + o_n[None, :], mask=m_m & m_n, other=0.0)
     b_scale = None
-    if rows is not None:
-        b_scale = row_factor(rows, sums, o_m, M, dim, scale, EPILOGUE, PARTS, SUMS)[:, None]
+    if row_scale is not None:
+        b_scale = tl.load(row_scale + o_m, mask=o_m < M, other=0.0)[:, None]
     b_out = matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE, out.dtype.element_ty)
     tl.store(out + o_row * N + o_n[None, :], b_out, mask=m_m & m_n)
-    if SUMS == 0 and sums is not None:
+    if sums is not None:
         p_sums = sums + tl.program_id(0) % tiles_n * M + o_m
         tl.store(p_sums, tl.sum(row_terms(b_acc, b_extra, b_out, EPILOGUE), 1), mask=o_m < M)
+
+
+@triton.jit
+def row_factor_kernel(parts, forward, out, M, dim, scale, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """r from the squares of rows; or, where r is given, c from the sums of down_backward."""
+    o_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_m < M
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(PARTS):
+        b_sum += tl.load(parts + i * M + o_m, mask=mask, other=0.0)
+    if forward is None:
+        b_out = scale * tl.rsqrt(b_sum / dim + _RMS_EPS)
+    else:
+        b_rstd = tl.load(forward + o_m, mask=mask, other=0.0) / scale
+        b_out = b_sum * (2.0 / dim) * b_rstd * b_rstd
+    tl.store(out + o_m, b_out, mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------------- launching
@@ -85,43 +103,50 @@ def _product(
     transposed: bool = True,
     extra: torch.Tensor | None = None,  # (M, N)
     other: torch.Tensor | None = None,  # (M, N)
-    squares: torch.Tensor | None = None,  # (parts, M) float32: of the rows of the stream
-    read_sums: torch.Tensor | None = None,  # (parts, M) float32
-    write_sums: bool = False,
-    dim: int = 1,  # of the stream
-    scale: float = 1.0,
+    row_scale: torch.Tensor | None = None,  # (M,) float32
+    leave_sums: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N), sums (parts, M) float32
     (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    sums = read_sums
-    if write_sums:
-        sums = torch.empty((parts_of(columns), rows), dtype=torch.float32, device=x.device)
-    parts, read = 1 if squares is None else squares.shape[0], 0 if read_sums is None else read_sums.shape[0]
+    sums = torch.empty((parts_of(columns), rows), dtype=torch.float32, device=x.device) if leave_sums else None
     configs = settings("matmul", x.device)
     if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra):
-        matmul_hopper.launch(
-            x, w, out, extra, (other, squares, sums, dim, scale), epilogue, transposed, parts, read,
-            configs, gpu(x.device)[1],
-        )  # fmt: skip
+        beside = (other, row_scale, sums)
+        matmul_hopper.launch(x, w, out, extra, beside, epilogue, transposed, configs, gpu(x.device)[1])
         return out, sums
     portable = configs["portable"]
     grid = (triton.cdiv(rows, portable["BLOCK_M"]) * triton.cdiv(columns, portable["BLOCK_N"]),)
     matmul_kernel[grid](
-        x, w, out, extra, other, squares, sums, rows, columns, inner, dim, scale,
-        *(w.stride() if transposed else w.stride()[::-1]),
-        EPILOGUE=epilogue, PARTS=parts, SUMS=read, **portable,
+        x, w, out, extra, other, row_scale, sums, rows, columns, inner,
+        *(w.stride() if transposed else w.stride()[::-1]), EPILOGUE=epilogue, **portable,
     )  # fmt: skip
     return out, sums
+
+
+def _row_factor(parts: torch.Tensor, forward: torch.Tensor | None, dim: int, scale: float) -> torch.Tensor:
+    out = torch.empty(parts.shape[1], dtype=torch.float32, device=parts.device)
+    config = settings("matmul", parts.device)["row_factor"]
+    grid = (triton.cdiv(out.numel(), config["BLOCK"]),)
+    row_factor_kernel[grid](parts, forward, out, out.numel(), dim, scale, PARTS=parts.shape[0], **config)
+    return out
+
+
+def norm_factor(
+    squares: torch.Tensor,  # (parts, M) float32
+    dim: int,  # of the rows
+    scale: float,
+) -> torch.Tensor:  # (M,) float32
+    """r = scale / sqrt(mean(x^2) + eps) from sums of squares."""
+    return _row_factor(squares, None, dim, scale)
 
 
 def up_forward(
     x: torch.Tensor,  # (M, D)
     up: torch.Tensor,  # (F, D)
-    squares: torch.Tensor,  # (parts, M) float32: of the rows of x
-    scale: float,
+    row_scale: torch.Tensor,  # (M,) float32: r
 ) -> torch.Tensor:  # (M, F)
     """square(leaky_relu(r (x up^T), 0.5)), the sign of its root in the last mantissa bit."""
-    return _product(x, up, "activation", squares=squares, dim=x.shape[1], scale=scale)[0]
+    return _product(x, up, "activation", row_scale=row_scale)[0]
 
 
 def product_add(
@@ -131,20 +156,17 @@ def product_add(
     squares: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N), and if wanted the squares (parts, M) float32 of its rows
     """x + y w^T, rounded once."""
-    return _product(y, w, "residual", extra=x, write_sums=squares)
+    return _product(y, w, "residual", extra=x, leave_sums=squares)
 
 
 def down_backward(
     dy: torch.Tensor,  # (M, D)
     down: torch.Tensor,  # (D, F)
     a: torch.Tensor,  # (M, F) of up_forward
-    squares: torch.Tensor,  # (parts, M) float32, as up_forward
-    scale: float,
+    row_scale: torch.Tensor,  # (M,) float32: r
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (M, F), (parts, M) float32
     """Gradient of x up^T, (dy down) da/du r; and what up_backward wants, sums of (dy down) a over a row's columns."""
-    du, sums = _product(
-        dy, down, "derivative", False, extra=a, squares=squares, write_sums=True, dim=dy.shape[1], scale=scale
-    )
+    du, sums = _product(dy, down, "derivative", False, extra=a, row_scale=row_scale, leave_sums=True)
     assert sums is not None
     return du, sums
 
@@ -153,12 +175,14 @@ def up_backward(
     du: torch.Tensor,  # (M, F) of down_backward
     up: torch.Tensor,  # (F, D)
     x: torch.Tensor,  # (M, D)
-    squares: torch.Tensor,  # (parts, M) float32, as up_forward
-    sums: torch.Tensor,  # (parts, M) float32 of down_backward
     dy: torch.Tensor,  # (M, D)
+    sums: torch.Tensor,  # (parts, M) float32 of down_backward
+    row_scale: torch.Tensor,  # (M,) float32: r
+    scale: float,  # of r
 ) -> torch.Tensor:  # (M, D)
     """Gradient of x: dy, and what comes back through product and norm."""
-    return _product(du, up, "norm", False, extra=dy, other=x, squares=squares, read_sums=sums, dim=x.shape[1])[0]
+    factor = _row_factor(sums, row_scale, x.shape[1], scale)
+    return _product(du, up, "norm", False, extra=dy, other=x, row_scale=factor)[0]
 
 
 def qkv_forward(
@@ -187,8 +211,8 @@ def qkv_forward(
     qkv = torch.empty(shape, dtype=x.dtype, device=x.device)
     inv_rms = torch.empty((x.shape[0], heads + kv_heads), dtype=torch.float32, device=x.device)
     matmul_hopper.launch(
-        x, weight, qkv.flatten(1), None, (None, row_scale, None, 1, 1.0), "heads", True, 1, 0, configs,
-        gpu(x.device)[1], heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
+        x, weight, qkv.flatten(1), None, (None, row_scale, None), "heads", True, configs, gpu(x.device)[1],
+        heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
     )  # fmt: skip
     return qkv, inv_rms
 

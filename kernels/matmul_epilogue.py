@@ -3,35 +3,6 @@
 import triton
 import triton.language as tl
 
-from kernels.reference import RMS_EPS
-
-_RMS_EPS = tl.constexpr(RMS_EPS)
-
-
-@triton.jit
-def add_parts(p_parts, stride, mask, PARTS: tl.constexpr):
-    """Sum over the rows of a matrix (PARTS, stride), in order, at pointers into its first."""
-    b_sum = tl.load(p_parts, mask=mask, other=0.0)
-    for i in tl.static_range(1, PARTS):
-        b_sum += tl.load(p_parts + i * stride, mask=mask, other=0.0)
-    return b_sum
-
-
-@triton.jit
-def row_factor(
-    rows, sums, o_m, M, dim, scale, EPILOGUE: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr
-):  # fmt: skip
-    """What the epilogue multiplies each row by: from the sums of squares of the stream's rows, but for `heads`."""
-    mask = o_m < M
-    b_rows = add_parts(rows + o_m, M, mask, PARTS)
-    if EPILOGUE == "heads":
-        b_factor = b_rows
-    elif EPILOGUE == "norm":
-        b_factor = add_parts(sums + o_m, M, mask, SUMS) * (2.0 / dim) / (b_rows / dim + _RMS_EPS)
-    else:
-        b_factor = scale * tl.rsqrt(b_rows / dim + _RMS_EPS)
-    return b_factor
-
 
 @triton.jit
 def row_terms(b_acc, b_extra, b_out, EPILOGUE: tl.constexpr):

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.matmul_epilogue import matmul_epilogue, row_factor, row_terms
+from kernels.matmul_epilogue import matmul_epilogue, row_terms
 from kernels.reference import RMS_EPS
 
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
@@ -70,9 +70,8 @@ def matmul_heads(b_acc, b_scale, heads, m_first, n_first, M, HALF: gl.constexpr,
 
 
 @gluon.jit
-def load_other(beside, m_first, n_first, M, N, layout: gl.constexpr):
-    """What an epilogue reads beside `extra`, straight into the layout of the accumulators. [ROWS, BLOCK_N]"""
-    other = beside[0]
+def load_other(other, m_first, n_first, M, N, layout: gl.constexpr):
+    """What an epilogue reads beside `extra`, in the layout of the accumulators. [ROWS, BLOCK_N]"""
     o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     o_n = n_first + gl.arange(0, layout.instr_shape[1], gl.SliceLayout(0, layout))
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]
@@ -80,17 +79,19 @@ def load_other(beside, m_first, n_first, M, N, layout: gl.constexpr):
 
 
 @gluon.jit
+def load_scale(row_scale, m_first, M, layout: gl.constexpr):
+    """The factors of the rows. [ROWS, 1]"""
+    o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    return gl.load(row_scale + o_m, mask=o_m < M, other=0.0)[:, None]
+
+
+@gluon.jit
 def matmul_finish(
-    b_acc, b_other, beside, heads, d_out, d_extra, s_tile, extra_full, extra_empty, turn, m_first, n_first, M,
-    EPILOGUE: gl.constexpr, PARTS: gl.constexpr, SUMS: gl.constexpr, HALF: gl.constexpr,
+    b_acc, b_other, b_scale, sums, heads, d_out, d_extra, s_tile, extra_full, extra_empty, turn, m_first, n_first, M,
+    EPILOGUE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Epilogue of one tile, in the layout of its accumulators; `extra` was copied to where the result is written."""
-    _other, rows, sums, dim, scale = beside
     layout: gl.constexpr = b_acc.type.layout
-    o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    b_scale = None
-    if rows is not None:
-        b_scale = row_factor(rows, sums, o_m, M, dim, scale, EPILOGUE, PARTS, SUMS)[:, None]
     b_extra = None
     if d_extra is None:
         tma.store_wait(0)
@@ -104,7 +105,8 @@ def matmul_finish(
     s_tile.store(b_out)
     fence_async_shared()
     tma.async_copy_shared_to_global(d_out, [m_first, n_first], s_tile)
-    if SUMS == 0 and sums is not None:
+    if sums is not None:
+        o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         p_sums = sums + n_first // b_acc.shape[1] * M + o_m
         gl.store(p_sums, gl.sum(row_terms(b_acc, b_extra, b_out, EPILOGUE), 1), mask=o_m < M)
     if d_extra is not None:
@@ -157,16 +159,23 @@ def resident_fetch(
 @gluon.jit
 def resident_consume(
     d_out, d_extra, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
-    INDEX: gl.constexpr, EPILOGUE: gl.constexpr, PARTS: gl.constexpr, SUMS: gl.constexpr, HALF: gl.constexpr,
-    TRANSPOSED: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    INDEX: gl.constexpr, EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr,
+    STEPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     s_x, s_w, s_out = buffers
     w_full, full, empty, extra_full, extra_empty, order = barriers
+    other, row_scale, sums = beside
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     n_first = gl.program_id(0) % tiles_n * BLOCK_N
     turn = 0
     mbarrier.wait(w_full, 0)
     for tile in range(gl.program_id(0) // tiles_n + INDEX * ranges, tiles_m, 2 * ranges):
+        # Asked for before the products, so that it is there behind them.
+        b_other, b_scale = None, None
+        if other is not None:
+            b_other = load_other(other, tile * ROWS, n_first, M, N, layout)
+        if row_scale is not None:
+            b_scale = load_scale(row_scale, tile * ROWS, M, layout)
         step = (turn * 2 + INDEX) * STEPS
         # Not before the other's products are under way: a barrier's parity tells this round of a stage from the next,
         # not from the one after.
@@ -187,12 +196,9 @@ def resident_consume(
         mbarrier.arrive(order.index((INDEX + 1) % 2), count=1)
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        b_other = None
-        if EPILOGUE == "norm":
-            b_other = load_other(beside, tile * ROWS, n_first, M, N, layout)
         matmul_finish(
-            b_acc, b_other, beside, heads, d_out, d_extra, s_out.index(INDEX), extra_full.index(INDEX),
-            extra_empty.index(INDEX), turn, tile * ROWS, n_first, M, EPILOGUE, PARTS, SUMS, HALF,
+            b_acc, b_other, b_scale, sums, heads, d_out, d_extra, s_out.index(INDEX), extra_full.index(INDEX),
+            extra_empty.index(INDEX), turn, tile * ROWS, n_first, M, EPILOGUE, HALF,
         )  # fmt: skip
         turn += 1  # noqa: SIM113 - Triton has no enumerate
     tma.store_wait(0)
@@ -201,8 +207,8 @@ def resident_consume(
 @gluon.jit
 def matmul_resident_kernel(
     d_x, d_w, d_out, d_extra, beside, heads, M, N, tiles_m, tiles_n, ranges,
-    EPILOGUE: gl.constexpr, PARTS: gl.constexpr, SUMS: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr,
-    STEPS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_x.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -232,9 +238,9 @@ def matmul_resident_kernel(
     gl.warp_specialize(
         [
             (resident_consume, (d_out, d_extra, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
-                                0, EPILOGUE, PARTS, SUMS, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
+                                0, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
             (resident_consume, (d_out, d_extra, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
-                                1, EPILOGUE, PARTS, SUMS, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
+                                1, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
             (resident_produce, (d_x, d_w, buffers, barriers, tiles_m, tiles_n, ranges,
                                 TRANSPOSED, STEPS, BLOCK_N, BLOCK_K, STAGES)),
             (resident_fetch, (d_extra, buffers, barriers, tiles_m, tiles_n, ranges, BLOCK_N)),
@@ -289,20 +295,23 @@ def streaming_fetch(d_extra, buffers, barriers, tiles, tiles_n, BLOCK_N: gl.cons
 @gluon.jit
 def streaming_consume(
     d_out, d_extra, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
-    INDEX: gl.constexpr, EPILOGUE: gl.constexpr, PARTS: gl.constexpr, SUMS: gl.constexpr, TRANSPOSED: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    INDEX: gl.constexpr, EPILOGUE: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     s_x, s_w, s_out = buffers
     full, empty, extra_full, extra_empty = barriers
+    other, row_scale, sums = beside
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m_first = tile // tiles_n * (2 * ROWS) + INDEX * ROWS
         n_first = tile % tiles_n * BLOCK_N
-        b_other = None
-        if EPILOGUE == "norm":  # on its way while the products run
-            b_other = load_other(beside, m_first, n_first, M, N, layout)
+        # Asked for before the products, so that it is there behind them.
+        b_other, b_scale = None, None
+        if other is not None:
+            b_other = load_other(other, m_first, n_first, M, N, layout)
+        if row_scale is not None:
+            b_scale = load_scale(row_scale, m_first, M, layout)
         # [ROWS, BLOCK_N]
         b_acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
         for k in range(steps):
@@ -320,8 +329,8 @@ def streaming_consume(
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         matmul_finish(
-            b_acc, b_other, beside, None, d_out, d_extra, s_out.index(INDEX), extra_full.index(INDEX),
-            extra_empty.index(INDEX), turn, m_first, n_first, M, EPILOGUE, PARTS, SUMS, 0,
+            b_acc, b_other, b_scale, sums, None, d_out, d_extra, s_out.index(INDEX), extra_full.index(INDEX),
+            extra_empty.index(INDEX), turn, m_first, n_first, M, EPILOGUE, 0,
         )  # fmt: skip
         turn += 1  # noqa: SIM113
     tma.store_wait(0)
@@ -330,8 +339,8 @@ def streaming_consume(
 @gluon.jit
 def matmul_streaming_kernel(
     d_x, d_w, d_out, d_extra, beside, M, N, tiles, tiles_n, steps,
-    EPILOGUE: gl.constexpr, PARTS: gl.constexpr, SUMS: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    EPILOGUE: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_x.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -357,9 +366,9 @@ def matmul_streaming_kernel(
     gl.warp_specialize(
         [
             (streaming_consume, (d_out, d_extra, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
-                                 0, EPILOGUE, PARTS, SUMS, TRANSPOSED, BLOCK_N, STAGES)),
+                                 0, EPILOGUE, TRANSPOSED, BLOCK_N, STAGES)),
             (streaming_consume, (d_out, d_extra, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
-                                 1, EPILOGUE, PARTS, SUMS, TRANSPOSED, BLOCK_N, STAGES)),
+                                 1, EPILOGUE, TRANSPOSED, BLOCK_N, STAGES)),
             (streaming_produce, (d_x, d_w, buffers, barriers, tiles, tiles_n, steps,
                                  TRANSPOSED, BLOCK_N, BLOCK_K, STAGES)),
             (streaming_fetch, (d_extra, buffers, barriers, tiles, tiles_n, BLOCK_N)),
@@ -394,10 +403,9 @@ def fits(inner: int, config: dict) -> bool:
 
 
 def launch(
-    x, w, out, extra, beside: tuple, epilogue: str, transposed: bool, parts: int, sums: int, configs: dict,
-    processors: int, heads=None, half=0,
-) -> None:  # fmt: skip
-    """beside: `other`, `rows` and `sums`, read or written at a tile's rows, and the numbers `dim` and `scale`."""
+    x, w, out, extra, beside: tuple, epilogue: str, transposed: bool, configs: dict, processors: int, heads=None, half=0
+) -> None:
+    """beside: `other` and `row_scale`, which the epilogue reads, and the `sums` that it writes, each or None."""
     _bind(x.device)
     (rows, inner), columns = x.shape, out.shape[1]
     resident = fits(inner, configs["resident"])
@@ -406,7 +414,7 @@ def launch(
     tiles_n, steps = triton.cdiv(columns, block_n), triton.cdiv(inner, block_k)
     w_blocks = _blocks(w, block_n, block_k) if transposed else _blocks(w, block_k, block_n)
     out_blocks, extra_blocks = _blocks(out, 64, block_n), None if extra is None else _blocks(extra, 64, block_n)
-    options = {"EPILOGUE": epilogue, "PARTS": parts, "SUMS": sums, "TRANSPOSED": transposed, **config}
+    options = {"EPILOGUE": epilogue, "TRANSPOSED": transposed, **config}
     if resident:
         tiles_m = triton.cdiv(rows, 64)
         ranges = min(max(processors // tiles_n, 1), tiles_m)

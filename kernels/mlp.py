@@ -10,16 +10,16 @@ Backward, for the gradient dy, with u = r x up^T and du' = r du:
     d_down = dy^T a      d_up = du'^T x        cuBLAS
     dx     = dy + g - x mean(g x) / mean(x^2), g = du' up          matmul.up_backward
 
-Shapes: x (..., D), up (F, D), down (D, F); contiguous, bf16 or fp16, D a multiple of 16 up to 1024. Saved: x, the
-squares of its rows and a. Work: 4 M D F FLOPs forward, 8 M D F backward; traffic at M = 98304, D 512, F 2048, bf16:
-1.1 GB forward, 2.6 GB backward. Sums and everything within a kernel are float32, and what is rounded is rounded once:
-the error against float64 stays under that of the eager chain in the same dtype, for the output and every gradient.
+Shapes: x (..., D), up (F, D), down (D, F); contiguous, bf16 or fp16, D a multiple of 16 up to 1024. Saved: x, r and a.
+Work: 4 M D F FLOPs forward, 8 M D F backward; traffic at M = 98304, D 512, F 2048, bf16: 1.1 GB forward, 2.6 GB
+backward. Sums and everything within a kernel are float32, and what is rounded is rounded once: the error against
+float64 stays under that of the eager chain in the same dtype, for the output and every gradient.
 """
 
 import torch
 
 from kernels.launch import DTYPES, expect
-from kernels.matmul import down_backward, product_add, up_backward, up_forward
+from kernels.matmul import down_backward, norm_factor, product_add, up_backward, up_forward
 from kernels.residual import expect_dim, row_squares
 
 
@@ -27,41 +27,42 @@ from kernels.residual import expect_dim, row_squares
 @torch.library.custom_op("golf::mlp", mutates_args=())
 def mlp_op(
     x: torch.Tensor, squares: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = x.flatten(0, -2)
-    a = up_forward(rows, up, squares, scale)
-    return product_add(a, down, rows)[0].view_as(x), a
+    r = norm_factor(squares, x.shape[-1], scale)
+    a = up_forward(rows, up, r)
+    return product_add(a, down, rows)[0].view_as(x), a, r
 
 
 @mlp_op.register_fake
 def _(x, squares, up, down, scale):
-    return torch.empty_like(x), x.new_empty((x.numel() // x.shape[-1], up.shape[0]))
+    return torch.empty_like(x), x.new_empty((squares.shape[1], up.shape[0])), torch.empty_like(squares[0])
 
 
 @torch.library.custom_op("golf::mlp_backward", mutates_args=())
 def mlp_backward_op(
-    dy: torch.Tensor, x: torch.Tensor, squares: torch.Tensor, up: torch.Tensor, down: torch.Tensor, a: torch.Tensor,
+    dy: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, a: torch.Tensor, r: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     x_rows, dy_rows = x.flatten(0, -2), dy.contiguous().flatten(0, -2)
-    du, sums = down_backward(dy_rows, down, a, squares, scale)
+    du, sums = down_backward(dy_rows, down, a, r)
     d_down, d_up = dy_rows.T @ a, du.T @ x_rows
-    return up_backward(du, up, x_rows, squares, sums, dy_rows).view_as(x), d_up, d_down
+    return up_backward(du, up, x_rows, dy_rows, sums, r, scale).view_as(x), d_up, d_down
 
 
 @mlp_backward_op.register_fake
-def _(dy, x, squares, up, down, a, scale):
+def _(dy, x, up, down, a, r, scale):
     return torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    x, _, up, down, ctx.scale = inputs
+    ctx.save_for_backward(x, up, down, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, _):
+def _differentiate(ctx, dy, *_):
     if dy is None:
         return None, None, None, None, None
     dx, d_up, d_down = torch.ops.golf.mlp_backward(dy, *ctx.saved_tensors, ctx.scale)

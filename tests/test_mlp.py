@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from kernels import matmul_hopper, reference, rotary
 from kernels.launch import configs
-from kernels.matmul import down_backward, linear_add, matmul_kernel, qkv_forward, up_forward
+from kernels.matmul import down_backward, linear_add, matmul_kernel, norm_factor, qkv_forward, up_forward
 from kernels.mlp import mlp
 from kernels.residual import row_squares
 from tests.aot import compile_for_h100
@@ -108,8 +108,8 @@ def check_sign(dtype, device):
     u = torch.cat((torch.linspace(-3, 3, 4001), torch.tensor([0.0, 1e-2, -1e-2]))).to(device)
     u = F.pad(u, (0, 4096 - u.numel())).view(-1, 16).to(dtype)
     eye = torch.eye(16, dtype=dtype, device=device)
-    ones = torch.full((1, u.shape[0]), 16 * (1 - reference.RMS_EPS), device=device)  # a mean square of 1
-    a = up_forward(u, eye, ones, 1.0)
+    ones = torch.ones(u.shape[0], device=device)
+    a = up_forward(u, eye, ones)
     assert bool((a >= 0).all())
     integer = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal((a.view(integer) & 1).bool(), u < 0)
@@ -117,7 +117,7 @@ def check_sign(dtype, device):
     unit = torch.finfo(dtype)
     eps = unit.eps * (2 if dtype == torch.float32 else 1)  # float32 rounds the square before
     assert bool(((a.double() - truth).abs() <= eps * truth + 2 * unit.smallest_normal * unit.eps).all())
-    du, sums = down_backward(torch.ones_like(u), eye, a, ones, 1.0)
+    du, sums = down_backward(torch.ones_like(u), eye, a, ones)
     assert error(sums, a.double().sum(-1)[None]) < 1e-6
     slope = torch.where(u < 0, 0.5, 2.0).double() * u.double()
     assert bool(((du.double() - slope).abs() <= eps * slope.abs() + 2 * unit.smallest_normal**0.5).all())
@@ -167,13 +167,12 @@ def test_cpu_tensors_are_refused():
 
 
 # -------------------------------------------------------------------------------------- on the CPU, compiled for H100
-# Transposed weight; what it reads and writes beside; partial sums that it reads of squares and of the other kind.
-EPILOGUES = {
-    "activation": (True, {"rows"}, 4, 0),
-    "residual": (True, {"extra", "sums"}, 1, 0),
-    "derivative": (False, {"extra", "rows", "sums"}, 4, 0),
-    "norm": (False, {"extra", "other", "rows", "sums"}, 4, 16),
-    "heads": (True, {"rows"}, 1, 0),
+EPILOGUES = {  # transposed weight; what is read and written beside
+    "activation": (True, {"row_scale"}),
+    "residual": (True, {"extra", "sums"}),
+    "derivative": (False, {"extra", "row_scale", "sums"}),
+    "norm": (False, {"extra", "other", "row_scale"}),
+    "heads": (True, {"row_scale"}),
 }
 
 
@@ -181,11 +180,9 @@ EPILOGUES = {
 @pytest.mark.parametrize("gpu_name", ["h100", "generic"])
 @pytest.mark.parametrize("epilogue", [name for name in EPILOGUES if name != "heads"])
 def test_portable_products_compile(epilogue, gpu_name):
-    _, beside, parts, sums = EPILOGUES[epilogue]
-    absent = {"extra", "other", "rows", "sums"} - beside
-    constants = {"EPILOGUE": epilogue, "PARTS": parts, "SUMS": sums} | dict.fromkeys(absent)
-    types = {"rows": "*fp32", "sums": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("dim", "stride_wn", "stride_wk"), "i32")
+    absent = {"extra", "other", "row_scale", "sums"} - EPILOGUES[epilogue][1]
+    constants = {"EPILOGUE": epilogue} | dict.fromkeys(absent)
+    types = {"row_scale": "*fp32", "sums": "*fp32"} | dict.fromkeys(("stride_wn", "stride_wk"), "i32")
     built = compile_for_h100(matmul_kernel, types, constants, configs(gpu_name)["matmul"]["portable"])
     assert built.registers <= 255
     assert built.stack <= 128  # addresses of what the epilogue reads, outside the loop
@@ -201,15 +198,15 @@ def test_portable_products_compile(epilogue, gpu_name):
 def test_hopper_products_compile(name, epilogue):
     config = configs("h100")["matmul"][name]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    transposed, beside, parts, sums = EPILOGUES[epilogue]
+    transposed, beside = EPILOGUES[epilogue]
     n, k = config["BLOCK_N"], config["BLOCK_K"]
     rows = 64 if name == "resident" else 128
     blocks = {"d_x": (rows, k), "d_w": (n, k) if transposed else (k, n), "d_out": (64, n), "d_extra": (64, n)}
     types = {name: f"tensordesc<bf16[{rows}, {columns}],{layout!r}>" for name, (rows, columns) in blocks.items()}
     types |= dict.fromkeys(("tiles_m", "tiles_n", "ranges", "tiles", "steps"), "i32")
-    pointers = {"other": "*bf16", "rows": "*fp32", "sums": "*fp32"}
-    types["beside"] = (*(kind if what in beside else None for what, kind in pointers.items()), "i32", "fp32")
-    constants = {"EPILOGUE": epilogue, "TRANSPOSED": transposed, "PARTS": parts, "SUMS": sums}
+    pointers = {"other": "*bf16", "row_scale": "*fp32", "sums": "*fp32"}
+    types["beside"] = tuple(kind if what in beside else None for what, kind in pointers.items())
+    constants = {"EPILOGUE": epilogue, "TRANSPOSED": transposed}
     constants |= {} if "extra" in beside else {"d_extra": None}
     if name == "resident":
         constants |= {"STEPS": 8, "HALF": 8}
@@ -281,7 +278,7 @@ class TestGPU:
         length = rows // 2
         gain = torch.linspace(-2, 5, heads, device="cuda")
         cos, sin = reference.rotary_table(length, 2 * half, 1e4, 1024, "cuda")
-        row_scale = (row_squares(x)[0] / 512 + reference.RMS_EPS).rsqrt() * SCALE
+        row_scale = norm_factor(row_squares(x), 512, SCALE)
         qkv, inv_rms = qkv_forward(x, weight, row_scale, gain, cos, sin, kv_heads, length)
         raw = (x.double() @ weight.double().T).view(rows, total, 64)
         theirs = raw.bfloat16()
@@ -336,7 +333,7 @@ class TestGPU:
         """The last rows of a tensor of more than 2**31 elements agree with the same rows alone."""
         x, up, down, _ = make((2048, 512), 2048, torch.bfloat16, "cuda")
         far = x.repeat(520, 1)
-        a = up_forward(far, up, row_squares(far), 1.0)
+        a = up_forward(far, up, norm_factor(row_squares(far), 512, 1.0))
         assert a.numel() > 2**31
-        assert torch.equal(a[-2048:], up_forward(x, up, row_squares(x), 1.0))
+        assert torch.equal(a[-2048:], up_forward(x, up, norm_factor(row_squares(x), 512, 1.0)))
         assert torch.equal(mlp(far, up, down)[-2048:], mlp(x, up, down))
