@@ -88,7 +88,12 @@ def document_starts(tokens: Tensor) -> Tensor:  # (B, T) -> (B, T) int32
 
 
 def write_result(
-    bench: str, command: str, measured: dict[str, float], rows: Sequence[dict[str, Any]], path: Path | None = None
+    bench: str,
+    command: str,
+    measured: dict[str, float],
+    rows: Sequence[dict[str, Any]],
+    path: Path | None = None,
+    gpus: int = 1,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Write bench/results/<bench>-<gpu>.json (or `path`). Returns it and its rows, each with its own `ceiling`.
 
@@ -97,12 +102,12 @@ def write_result(
     """
     import triton
 
-    gpu = torch.cuda.get_device_name()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     path = path or RESULTS / f"{bench}-{short_name(gpu)}.json"
     record = {
         "bench": bench,
         "gpu": gpu,
-        "gpus": 1,
+        "gpus": gpus,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit(),
