@@ -231,16 +231,22 @@ def test_fine_tuning_on_held_out_rows_is_fair(data: Path, tmp_path: Path) -> Non
     assert quantize("audit", tmp_path / "held").returncode == 0
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(("processes", "within"), [(2, 1e-6), (3, 1e-5)])
 def test_more_processes_train_the_same_model(
-    processes: int, whole: tuple[Path, str], data: Path, tmp_path: Path
+    processes: int, within: float, whole: tuple[Path, str], data: Path, tmp_path: Path
 ) -> None:
-    """Two and three processes over gloo: 12 rows a step in all, one loss curve."""
+    """Two and three processes over gloo: 12 rows a step in all, one loss curve.
+
+    Thirds are not exact in float32, and Newton-Schulz makes much of little: 2e-6 was seen after a few steps.
+    """
     settings = small(data, tmp_path, "ranks", MICRO_BATCH_TOKENS=str(768 // processes))
     done = train(settings, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     for alone, together in zip(metrics(whole[0], *CURVE), metrics(tmp_path / "ranks", *CURVE), strict=True):
         assert together == pytest.approx(alone, rel=2e-5)
+    losses = [metrics(run, "train_loss", "val_loss") for run in (whole[0], tmp_path / "ranks")]
+    for alone, together in zip(*losses, strict=True):
+        assert together == pytest.approx(alone, rel=within)
     one, many = (json.loads((run / "summary.json").read_text()) for run in (whole[0], tmp_path / "ranks"))
     assert many["scores"]["artifact_sliding"]["tokens"] == 2999
     assert many["scores"]["artifact"]["bpb"] == pytest.approx(one["scores"]["artifact"]["bpb"], abs=2e-3)
