@@ -244,6 +244,12 @@ class Config(BaseModel):
             )
         return accumulation
 
+    def rows(self, rank: int, world_size: int, micro: int) -> tuple[int, int]:
+        """First row of the batch, and the one after the last, that a rank takes in a micro-step."""
+        rows, parts = self.train_batch_tokens // self.train_seq_len, self.accumulation(world_size) * world_size
+        part = micro * world_size + rank
+        return part * rows // parts, (part + 1) * rows // parts
+
     def fingerprint(self) -> str:
         """sha256 of the settings that define the model and its training; machine paths do not count."""
         portable = self.model_dump_json(exclude=MACHINE)

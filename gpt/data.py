@@ -254,11 +254,10 @@ class BatchSource:
         """
         seq_len = self.config.train_seq_len
         rows = self.config.train_batch_tokens // seq_len
-        # A batch is cut into parts, even but for one row: of each micro-step one a rank.
-        parts, part = self.accumulation * self.world_size, micro * self.world_size + self.rank
-        first, end = part * rows // parts, (part + 1) * rows // parts
+        first, end = self.config.rows(self.rank, self.world_size, micro)
         if self.config.train_order == "sequential":
-            start = step * (rows * seq_len + parts) + first * seq_len + part
+            spans, span_number = self.accumulation * self.world_size, micro * self.world_size + self.rank
+            start = step * (rows * seq_len + spans) + first * seq_len + span_number  # a span has a token more
             span = self._stream.read(start, (end - first) * seq_len + 1)
             pair = [span[:-1].reshape(-1, seq_len), span[1:].reshape(-1, seq_len)]
         else:

@@ -70,15 +70,13 @@ class Trainer:
             return 0.0
         weights = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator(self.ranks.device).manual_seed(config.seed)
-        rows = math.ceil(
-            config.train_batch_tokens // config.train_seq_len / (self.ranks.world_size * self.accumulation)
-        )
         for depth in dict.fromkeys((config.depth(False), config.depth_at(config.iterations))):
             for _ in range(config.warmup_steps):
                 for micro in range(self.accumulation):
+                    first, end = config.rows(self.ranks.rank, self.ranks.world_size, micro)
                     tokens = torch.randint(
                         config.vocab_size,
-                        (rows, config.train_seq_len + 1),
+                        (end - first, config.train_seq_len + 1),
                         generator=generator,
                         device=self.ranks.device,
                     )
