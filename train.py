@@ -5,7 +5,13 @@ torchrun --standalone --nproc_per_node=8 train.py
 python train.py --resume runs/NAME           go on with an interrupted run
 """
 
+# ruff: noqa: E402 - the clock starts before imports that take seconds
+
 from __future__ import annotations
+
+import time
+
+BEGIN = time.perf_counter()
 
 import argparse
 import sys
@@ -71,6 +77,9 @@ def run_job(config: Config, resumed: Path | None, ranks: Ranks) -> None:
     model = model.initialise(config.seed).to(ranks.device)
     trainer = Trainer(model, config, run, ranks, text.lengths.float().mean().item())
     warmup_seconds = trainer.warm_up()
+    start_seconds = time.perf_counter() - BEGIN
+    if ranks.main:
+        print(f"ready after {start_seconds:.1f} s, {warmup_seconds:.1f} s of them warm-up", flush=True)
     trained = trainer.train(validate=lambda depth: scored(model, depth, config.context))
     scores = {"ema": scored(model, trained.depth, config.context)}
     pre_quant_seconds = pre_quant(model, trained.depth, ranks, config)
@@ -88,7 +97,7 @@ def run_job(config: Config, resumed: Path | None, ranks: Ranks) -> None:
     if ranks.main:
         of = {name: None if name.startswith("ema") else artifact.sha256 for name in scores}
         entries = record_scores(run.path / "summary.json", scores, text, of, config.leaking)
-        summary = summarise(run, trained, packed, warmup_seconds, pre_quant_seconds, entries)
+        summary = summarise(run, trained, packed, start_seconds, warmup_seconds, pre_quant_seconds, entries)
         run.write_json("summary.json", summary)
         write_page(run.path)
         print(f"\n{packed.table()}\n\n{table(summary)}", flush=True)

@@ -5,12 +5,13 @@
     pytest bench/test_kernels.py                                            the same table under pytest-benchmark
 
 Each implementation of a case is checked against the reference in float64, on a small batch or on rows of the whole one,
-and then timed, forward and backward apart, in one process; medians of triton.testing.do_bench. Peers: `compiled` is
-torch.compile of the reference with mix-order reduction off; `cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa`
-compute attention with their own kernel and XSA with torch.compile; `liger` and `quack`. A peer that is not installed,
-raises or gives wrong values is left out with a word; ours ends the run. `triton-packed` is what the model calls: q, k
-and v are heads of one tensor, and so are their gradients. `reference_error` is the error of the framework's own op:
-cuDNN's, FlexAttention's for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
+and then timed, forward and backward apart, in one process, as CUDA graphs (`graph` in the rows: where one cannot be
+captured, the host's launches are timed too); medians of triton.testing.do_bench. Peers: `compiled` is torch.compile of
+the reference with mix-order reduction off; `cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa` compute attention with
+their own kernel and XSA with torch.compile; `liger` and `quack`. A peer that is not installed, raises or gives wrong
+values is left out with a word; ours ends the run. `triton-packed` is what the model calls: q, k and v are heads of one
+tensor, and so are their gradients. `reference_error` is the error of the framework's own op: cuDNN's, FlexAttention's
+for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
 """
 
 from __future__ import annotations
@@ -375,7 +376,7 @@ def errors(workload: Workload) -> dict[str, tuple[float, float]]:
 
 
 def phases(workload: Workload, name: str) -> dict[str, Callable[[], Any]]:
-    """What is timed of an implementation: forward and backward, apart or together."""
+    """What is timed of an implementation: forward and backward, apart or together. Forward runs here, if apart."""
     function, inputs = workload.implementations[name], workload.inputs_of(name)
     leaves = [x for x in inputs if x.requires_grad]
     if not workload.backward_apart:
@@ -386,6 +387,19 @@ def phases(workload: Workload, name: str) -> dict[str, Callable[[], Any]]:
         "_forward": lambda: function(*inputs),
         "_backward": lambda: torch.autograd.grad(out, leaves, g, retain_graph=True),
     }
+
+
+def replayed(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Callable[[], Any], bool]:
+    """`call` as a CUDA graph, whose time is the device's alone, and True; as it is, where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    except Exception as failure:
+        torch.cuda.synchronize()
+        print(f"not captured: {type(failure).__name__}: {str(failure)[:100]}")
+        return call, False
+    return graph.replay, True
 
 
 def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float]) -> list[dict[str, Any]]:
@@ -424,8 +438,17 @@ def timed(
     rows = []
     unit = "TFLOP/s" if workload.unit == "tflops" else "GB/s"
     ceiling = measured["bf16_tflops" if workload.unit == "tflops" else "copy_gb_s"]
-    for phase, call in phases(workload, name).items():
-        low, ms, high = do_bench(call, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
+    # One stream for everything: a backward runs where its forward did, and only there may it be captured.
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls = phases(workload, name)
+        for call in calls.values():
+            call()
+    torch.cuda.synchronize()
+    for phase, call in calls.items():
+        run, captured = replayed(call, stream)
+        with torch.cuda.stream(stream):
+            low, ms, high = do_bench(run, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
         work = {"_forward": workload.work[0], "_backward": workload.work[1], "": sum(workload.work)}[phase]
         rate = work / ms / (1e9 if workload.unit == "tflops" else 1e6)
         which = 1 if phase == "_backward" else 0
@@ -436,6 +459,7 @@ def timed(
                 "tflops": round(rate, 1) if workload.unit == "tflops" else None,
                 "gb_s": round(rate, 1) if workload.unit == "gb_s" else None,
                 "percent_of_ceiling": round(100 * rate / ceiling, 1),
+                "graph": captured,
                 "error": found[name][which], "reference_error": framework[which] if framework else None,
             }
         )  # fmt: skip

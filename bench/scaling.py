@@ -279,13 +279,14 @@ def measure(config: Config, ranks: Ranks, steps: int) -> Iterator[dict[str, Any]
     config = config.model_copy(update={"train_batch_tokens": config.micro_batch_tokens * ranks.world_size})
     bench = Bench(config, ranks)
     with bench.loader:
-        for depth in dict.fromkeys((config.depth(False), config.depth(True))):
+        for recurrent in (False, True):
+            depth = config.depth(recurrent)
             bench.run(depth, 3)
             each = ranks.gather(sorted(bench.run(depth, steps)))
             low, ms, high = (max(times[int(len(times) * q)] for times in each) for q in (0.2, 0.5, 0.8))
             parts = communication(bench, depth) if ranks.world_size > 1 and ranks.device.type == "cuda" else []
             yield {
-                "op": "training_step", "case": f"{len(depth)}-layers, {ranks.world_size} GPUs",
+                "op": "training_step", "case": f"{ranks.world_size}-gpu" + ("" if recurrent else ", first depth"),
                 "impl": config.kernels, "layers": len(depth), "gpus": ranks.world_size,
                 "ms": round(ms, 3), "ms_p20": round(low, 3), "ms_p80": round(high, 3),
                 "tflops": None, "gb_s": None, "percent_of_ceiling": None,

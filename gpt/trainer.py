@@ -126,6 +126,7 @@ class Trainer:
                 self._save(step, clock.elapsed, train_loss, finished=True, wait=True)
         self.model.load_state_dict(self.optimizer.ema_state())
         self.run.draw_curves()
+        del self._micro_step  # a captured one holds the memory of a whole step
         return Trained(step, clock.elapsed, train_loss, self._last_depth(step))
 
     def _loop(

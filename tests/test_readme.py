@@ -45,6 +45,40 @@ def test_measured_figures_are_the_data() -> None:
     assert "train loss at step 2000" in compare(ours, seed)
 
 
+def test_steps_are_the_data() -> None:
+    def table(name: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+        return {(row["op"], row["case"], row["impl"]): row for row in rows(name)["rows"]}
+
+    step, optimizer = table("step-h100.json"), table("optimizer-h100.json")
+
+    def both(table: dict[tuple[str, str, str], dict[str, Any]], op: str, case: str, key: str, digits: int) -> str:
+        return " | ".join(f"{table[op, case, name][key]:.{digits}f}".ljust(6) for name in ("triton", "compiled"))
+
+    lines = {line.split("|")[1].strip(): line for line in README.splitlines() if line.count("|") == 4}
+    for name, figures in {
+        "forward + backward, 14 layers": both(step, "step_forward_backward", "14-layers", "ms", 1),
+        "forward + backward, 11 layers": both(step, "step_forward_backward", "11-layers", "ms", 1),
+        "forward + backward, 14 layers, documents": both(step, "step_forward_backward", "14-layers-documents", "ms", 1),
+        "memory of the first, GiB": both(step, "step_forward_backward", "14-layers", "memory_gib", 1),
+        "optimizer, all weights": both(optimizer, "optimizer_step", "all-banks", "ms", 2),
+        "Newton-Schulz of it, five iterations": both(optimizer, "newton_schulz", "all-banks", "ms", 2),
+        "optimizer, one rank's share of eight": both(optimizer, "optimizer_step", "rank-of-8", "ms", 2),
+    }.items():
+        assert figures in lines[name]
+
+
+def test_loss_differences_are_the_data() -> None:
+    def last(name: str) -> dict[tuple[str, int], float]:
+        return {(row["impl"], row["seed"]): sum(row["losses"][-25:]) / 25 for row in rows(name)["rows"]}
+
+    whole, attention = last("convergence-h100.json"), last("convergence-attention-h100.json")
+    first = whole["auto", 1337]
+    assert f"differs by {whole['compiled', 1337] - first:.4f} nats" in README
+    assert f"differ by {whole['auto', 1338] - first:.4f} (" in README
+    difference = attention["auto", 1337] - attention["auto,attention=compiled", 1337]
+    assert f"300 steps, by {difference:.4f}" in README.replace("\n", " ")
+
+
 def test_bytes_are_the_data() -> None:
     found = {(row["case"], row["impl"]): row["bytes"] for row in rows("pack-cpu.json")["rows"]}
     seed = found["all", "seed-method"]
