@@ -326,7 +326,7 @@ def test_a_time_cap_ends_the_run_and_its_schedule(data: Path, tmp_path: Path) ->
     factors = [factor for (factor,) in metrics(tmp_path / "timed", "lr_factor")]
     assert factors[0] == 1.0
     assert factors == sorted(factors, reverse=True)
-    assert factors[-1] < 0.15
+    assert factors[-1] < 0.3  # of a step that began at most a long one before the end
 
 
 @pytest.mark.parametrize(
