@@ -133,6 +133,7 @@ def generate(
     top_p: float,
     seed: int,
     stop: Iterable[int] = (BOS,),
+    decoder: type[Decoder] = Decoder,
 ) -> Iterator[int]:
     """At most `count` tokens that go on from BOS and the prompt; ends before a token of `stop`.
 
@@ -148,9 +149,9 @@ def generate(
         number.add_(1)
         return token
 
-    decoder, ends, new = Decoder(model, depth, choose), frozenset(stop), [BOS, *prompt]
+    row, ends, new = decoder(model, depth, choose), frozenset(stop), [BOS, *prompt]
     for _ in range(count):
-        token = int(decoder.extend(new))
+        token = int(row.extend(new))
         if token in ends:
             return
         yield token
