@@ -34,7 +34,7 @@ def draw(
     kept = sums - chances < top_p
     kept[:1] = True
     # Sums beyond what is kept are its total, so none of those is ever the first to exceed a share of it.
-    total = torch.where(kept, sums, 0.0).amax(keepdim=True)
+    total = sums.masked_fill(~kept, 0.0).amax(keepdim=True)
     place = torch.searchsorted(torch.where(kept, sums, total), chance * total, right=True)
     return tokens.gather(0, place.clamp_max(kept.sum() - 1))
 

@@ -10,7 +10,7 @@ the reference's to the bit, and products are summed in float32: the error is tha
 
 Traffic: 3/4 byte a weight. Up to `rows` rows of x (kernels/configs) one launch reads the codes, all of them at once,
 and before it waits for the launch ahead (programmatic dependent launch: codes do not depend on it). One row is
-multiplied by plain multiply-adds, more of them by tensor cores, `int6_few.py`. Beyond that the matrix is dequantised
+multiplied by plain multiply-adds, some by tensor cores, `int6_few.py`. Beyond that the matrix is dequantised
 and the product is cuBLAS's: at M = 98304 the former is 1% of the time.
 """
 
@@ -125,7 +125,7 @@ def skinny_product(
     # What waits for nothing may start before the kernel ahead is done: Hopper and later.
     early = x.is_cuda and gpu(x.device)[0] >= (9, 0)
     options = {"launch_pdl": True} if early else {}
-    if rows > 1 and "few" in configs and width % 16 == 0:
+    if "few" in configs and rows >= configs["few"]["from"][kind] and width % 16 == 0:
         int6_few.launch(x, codes, scales, gain, out, configs["few"][kind])
     else:
         config = configs[kind]

@@ -1,4 +1,4 @@
-"""The products of `int6.py` for 2 to 64 rows of x, in Gluon, where operands of the tensor cores never leave registers.
+"""The products of `int6.py` for a few rows of x, in Gluon, where operands of the tensor cores never leave registers.
 
 The sum over columns does not care for their order, as long as both operands agree. So a thread loads K_WIDTH neighbours
 of each plane, 4 to 16 bytes, unpacks four quarters of the row from them, loads the same columns of x, and calls what it
@@ -13,6 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.launch import gpu
 
 
 @triton.jit
@@ -31,31 +33,10 @@ def dequantised(b_code, b_scale, b_gain):
     return b_w
 
 
-@triton.constexpr_function
-def int6_ptx(quarter):
-    """Four bytes of both planes to four codes, each in the low byte of 2^23 as float32."""
-    low = ("mov.b32 low, $4;", "shr.u32 low, $4, 4;")[quarter % 2]
-    high = ("shl.b32 high, $5, 4;", "shl.b32 high, $5, 2;", "mov.b32 high, $5;", "shr.u32 high, $5, 2;")[quarter]
-    prmt = "".join(f"prmt.b32 ${i}, low, magic, 0x755{i};" for i in range(4))
-    return (
-        f"{{ .reg .b32 low, high, magic; mov.b32 magic, 0x4b000000; {low} and.b32 low, low, 0x0f0f0f0f; {high} "
-        f"lop3.b32 low, high, 0x30303030, low, 0xea; {prmt} }}"
-    )
-
-
-@gluon.jit
-def int6_codes(b_low, b_high, QUARTER: gl.constexpr):
-    """The codes of a quarter in float32, as int6_weights has them, in half the instructions."""
-    b_bits = gl.inline_asm_elementwise(
-        int6_ptx(QUARTER), "=r,=r,=r,=r,r,r", [b_low, b_high], dtype=gl.int32, is_pure=True, pack=4
-    )
-    return b_bits.to(gl.float32, bitcast=True) - 8388640.0
-
-
 @gluon.jit(do_not_specialize=["M"])
 def int6_few_kernel(
     x, codes, scales, gain, out, M, N, K,
-    Q: gl.constexpr, SIX: gl.constexpr, EARLY: gl.constexpr,
+    Q: gl.constexpr, SIX: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CHUNK: gl.constexpr, K_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """SPLIT warps, CHUNK bytes of a plane's row each at a time."""
@@ -63,8 +44,7 @@ def int6_few_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, K_WIDTH)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, K_WIDTH)
-    if EARLY == 1:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     # [SPLIT, BLOCK_M, CHUNK]
     o_part = gl.arange(0, SPLIT, gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None]
     o_m = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None]
@@ -90,18 +70,16 @@ def int6_few_kernel(
         if SIX:
             b_second = gl.load(p_codes + (o_q + Q), mask=m_q, other=0)
             b_high = gl.load(p_codes + (o_q + 2 * Q), mask=m_q, other=0)
-        if start == 0 and EARLY > 0:
+        if start == 0:
             gdc_wait()
         for i in gl.static_range(4 if SIX else 1):
             o_q = start + o_xq
             b_x = gl.load(p_x + (o_q + i * Q), mask=m_m & (o_q < Q) & (o_q + i * Q < K), other=0.0)
             if SIX:
-                b_w = dequantised(int6_codes(b_first if i < 2 else b_second, b_high, i), b_scale, b_gain)
+                b_w = int6_weights(b_first if i < 2 else b_second, b_high, b_scale, b_gain, i)
             else:
                 b_w = dequantised(b_first.to(gl.float32), b_scale, b_gain)
             b_acc = mma_v2(b_x, b_w.to(b_x.dtype), b_acc)
-    if EARLY == 2:
-        gdc_launch_dependents()
     b_out = gl.sum(b_acc, 0)
     flat: gl.constexpr = gl.SliceLayout(0, mma)
     o_m = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, flat))[:, None]
@@ -119,7 +97,11 @@ def launch(
 ) -> None:
     (rows, columns), count = x.shape, codes.shape[0]
     grid = triton.cdiv(count, config["BLOCK_N"]), triton.cdiv(rows, config["BLOCK_M"])
+    # As measured: with one to four programs a processor, programs of the next launch that wait beside them cost more
+    # than their early start gains.
+    programs, processors = grid[0] * grid[1], gpu(x.device)[1]
+    early = not processors < programs <= 4 * processors
     int6_few_kernel[grid](
         x, codes, scales, gain, out, rows, count, columns,
-        Q=codes.shape[-1], SIX=codes.dim() == 3, EARLY=1, **config, num_warps=config["SPLIT"], launch_pdl=True,
+        Q=codes.shape[-1], SIX=codes.dim() == 3, **config, num_warps=config["SPLIT"], launch_pdl=early,
     )  # fmt: skip

@@ -124,9 +124,7 @@ def test_compiled_for_h100(kind, columns):
     assert built.stack == 0
     assert built.registers <= 128
     few = table["few"][kind]
-    built = compile_for_h100(
-        int6_few_kernel, types(six), {"Q": width, "SIX": six, "EARLY": 1}, few | {"num_warps": few["SPLIT"]}
-    )
+    built = compile_for_h100(int6_few_kernel, types(six), {"Q": width, "SIX": six}, few | {"num_warps": few["SPLIT"]})
     assert built.stack == 0
     assert built.registers * few["SPLIT"] * 32 <= 65536 // 2
     assert "HMMA" in built.sass

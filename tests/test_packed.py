@@ -16,6 +16,7 @@ from gpt.model import Matrices
 from gpt.pack import pack
 from gpt.packed import PackedGPT
 from kernels import select
+from tests.kernel_tools import CUDA, gpu
 from tests.tiny import ALONE, CPU, random_tokens, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,3 +75,24 @@ def test_a_mixture_of_bits_and_what_is_not_quantised(made: Artifact) -> None:
     tensors["mlp_up_bank"] = torch.zeros(3, 64, 32)
     with pytest.raises(QuantisationError, match=r"mlp_up_bank is torch\.float32: a packed model wants it quantised"):
         PackedGPT(made.config, tensors, OPS, CPU, torch.float32)
+
+
+@gpu
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+def test_graph_of_a_step_is_the_whole_forward(made: Artifact) -> None:
+    """Packed with the kernels of a GPU, and dense with eager ops: steps from the graph, at any place of a row."""
+    device = torch.device("cuda")
+    ours = made.packed_model(select("auto", device), device, torch.bfloat16)
+    eager = made.model(select("reference", device), device, torch.bfloat16)
+    tokens = [token for token in random_tokens(40, 64).tolist() if token != 1][:16]
+    for model in (ours, eager):
+        decoder = Decoder(model, made.depth)
+        for end in range(1, 17):
+            found = decoder.extend(tokens[end - 1 : end]).clone()
+            row = torch.tensor([tokens[:end]], device=device)
+            wanted = eager.logits(row, made.depth, eager.rotary(end))[0]
+            assert (found - wanted).norm() < 3e-2 * wanted.norm()
+        assert decoder._graph is not None
+        drawn = [list(generate(model, made.depth, [5, 6], 40, 0.8, 0.9, 3, stop=())) for _ in range(2)]
+        assert drawn[0] == drawn[1]
+        assert len(set(drawn[0])) > 5
