@@ -81,8 +81,11 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
     if stride > context:
         raise ConfigError(f"stride {stride}, context {context}: wanted stride <= context")
     forms = {text.replace(",", "-").replace("=", ""): parse_form(text) for text in arguments.ttt}
+    if forms and arguments.packed:
+        raise ConfigError("--packed --ttt: weights that stay packed cannot be trained; wanted one of the two")
 
-    model = artifact.model(ops, ranks.device, ranks.dtype)
+    build = artifact.packed_model if arguments.packed else artifact.model
+    model = build(ops, ranks.device, ranks.dtype)
     tokens = load_validation(data_path, config.vocab_size)
     text = validation_text(tokens, tokenizer.byte_table(), ranks.device)
     batch = config.val_batch_size
@@ -170,7 +173,7 @@ def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str
 def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
-    model = artifact.model(select("reference", ranks.device), ranks.device, ranks.dtype)
+    model = artifact.packed_model(select(arguments.kernels, ranks.device), ranks.device, ranks.dtype)
     prompt = tokenizer.encode(arguments.prompt)
     tokens = generate(
         model,
@@ -290,6 +293,7 @@ def parse(arguments: list[str]) -> Namespace:
         metavar="FORM[,SETTING=VALUE...]",
         help="also with test-time training: chunk, document or phased, for example chunk,lr=0.01; may be repeated",
     )
+    command.add_argument("--packed", action="store_true", help="weights stay packed in memory; the same scores")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
     command.add_argument("--json", type=Path, help="also write the figures to this file, and their ledgers beside it")
 
@@ -317,6 +321,7 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token")
     command.add_argument("--top-p", type=number(float, 0, 1), default=0.95, help="share of probability drawn from")
     command.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
 
     command = commands.add_parser("report", parents=[machine], help="one page that shows a run: report.html")
     command.set_defaults(run=report_run, device="cpu")

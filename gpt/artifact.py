@@ -31,6 +31,7 @@ from gpt.config import MACHINE, Config
 from gpt.entropy import CodingError, decompress, interleaved, planes
 from gpt.gptq import INPUTS, LEVELS, Quantised
 from gpt.model import GPT
+from gpt.packed import PackedGPT
 from gpt.record import write_atomic
 from kernels import Ops, select
 
@@ -112,6 +113,10 @@ class Artifact:
         model = GPT(self.config, ops, dtype)
         model.load_state_dict(self.state_dict())
         return model.to(device).eval().requires_grad_(False)
+
+    def packed_model(self, ops: Ops, device: torch.device, dtype: torch.dtype) -> PackedGPT:
+        """The same on the codes as they are. Raises QuantisationError where a matrix is not quantised."""
+        return PackedGPT(self.config, self.tensors, ops, device, dtype)
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,47 +20,53 @@ def draw(
     logits: Tensor,  # (vocab,) float32
     temperature: float,
     top_p: float,
-    generator: torch.Generator,
-) -> int:
+    chance: Tensor,  # (1,) float64 in [0, 1)
+) -> Tensor:  # (1,) int64
     """A token from softmax(logits / temperature), cut to the fewest tokens with at least top_p of the probability.
 
-    Temperature 0 takes the likeliest. On the CPU, so that a seed gives the same draws on every device.
+    Temperature 0 takes the likeliest. chance says which: the first, from the likeliest on, whose probability added to
+    those before exceeds this share of all that is kept. On the logits' device, without synchronisation.
     """
     if temperature == 0:
-        return int(logits.argmax())
-    chances, tokens = (logits.double().cpu() / temperature).softmax(-1).sort(descending=True, stable=True)
-    kept = chances.cumsum(-1) - chances < top_p
-    kept[0] = True
-    chances[~kept] = 0
-    return int(tokens[chances.multinomial(1, generator=generator)])
+        return logits.argmax(keepdim=True)
+    chances, tokens = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    sums = chances.cumsum(-1)
+    kept = sums - chances < top_p
+    kept[:1] = True
+    # Sums beyond what is kept are its total, so none of those is ever the first to exceed a share of it.
+    total = sums.masked_fill(~kept, 0.0).amax(keepdim=True)
+    place = torch.searchsorted(torch.where(kept, sums, total), chance * total, right=True)
+    return tokens.gather(0, place.clamp_max(kept.sum() - 1))
 
 
 class Decoder:
     """A model on one row that grows, with the logits of a forward pass over the whole row up to rounding.
 
-    Written from the parameters and kernels.reference alone; weights are cast once. A row that would exceed
-    config.context starts anew with its last half. Where documents are masked, so does one at a BOS: nothing before it
-    can be seen.
+    finish: what is made of the logits (vocab,) of what comes next, on the device; `extend` returns that. The step of
+    one token is a pure function of buffers that stay where they are: on a GPU it runs once as it is, is captured with
+    `finish` in a CUDA graph, and replayed from then on. Weights are those of the moment when a Decoder is made. A row
+    that would exceed config.context starts anew with its last half. Where documents are masked, so does one at a BOS:
+    nothing before it can be seen.
     """
 
-    def __init__(self, model: GPT, depth: Sequence[int]) -> None:
-        config, dtype, layers = model.config, model.dtype, model.config.num_layers
-        self.model, self.config, self.depth = model, config, tuple(depth)
-        qo, kv = model.qo_bank.detach(), model.kv_bank.detach()
-        self.qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).to(dtype)
-        self.o = (model.attn_scale.detach()[:, :, None] * qo[layers:]).to(dtype)
-        self.up = model.mlp_up_bank.detach().to(dtype)
-        self.down = (model.mlp_scale.detach()[:, :, None] * model.mlp_down_bank.detach()).to(dtype)
-        self.head = model.tok_emb.detach().to(dtype)
-        self.rotary = model.rotary(config.context)
+    def __init__(
+        self, model: GPT, depth: Sequence[int], finish: Callable[[Tensor], Tensor] = lambda logits: logits
+    ) -> None:
+        self.model, self.config, self.depth, self.finish = model, model.config, tuple(depth), finish
+        self.product, device = model.products(), model.smear_gate.device
+        self.rotary = model.rotary(self.config.context)
         # Of each virtual layer: a layer that runs twice sees other inputs the second time.
-        shape = len(self.depth), config.context, config.num_kv_heads, config.head_dim
-        self.keys, self.values = self.head.new_empty(shape), self.head.new_empty(shape)
+        shape = len(self.depth), self.config.context, self.config.num_kv_heads, self.config.head_dim
+        self.keys, self.values = torch.zeros(2, *shape, dtype=model.dtype, device=device)
+        self.state = torch.zeros(3, dtype=torch.int64, device=device)  # token before, token, its position
         self.row: list[int] = []
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._found = torch.empty(0)
 
     @torch.no_grad()
-    def extend(self, tokens: Sequence[int]) -> Tensor:  # (vocab,) float32
-        """Append at least one token to the row; returns the logits of what comes next."""
+    def extend(self, tokens: Sequence[int]) -> Tensor:  # what finish returns
+        """Append at least one token to the row. On a GPU the next call may overwrite what is returned."""
         new = list(tokens)
         if self.config.document_mask and BOS in new:
             new = new[len(new) - 1 - new[::-1].index(BOS) :]
@@ -71,22 +77,33 @@ class Decoder:
         past = len(self.row)
         before = self.row[-1:]  # what the first new token is smeared with
         self.row = self.row + new
-        ids = torch.tensor([before + new], device=self.head.device)
-        x = reference.rms_norm(F.embedding(ids, self.model.tok_emb).to(self.head.dtype))
-        x = reference.smear(x, self.model.smear_gate)[:, len(before) :]
-        return reference.logits(self._layers(x, past)[0, -1], self.head, self.config.logit_softcap)
+        if before and len(new) == 1:
+            self.state.copy_(torch.tensor([*before, *new, past]))
+            return self._step()
+        ids = torch.tensor(before + new, device=self.state.device)
+        position = torch.arange(past, past + len(new), device=self.state.device)
+        return self.finish(self._logits(ids, position))
 
-    def _layers(
+    def _step(self) -> Tensor:
+        self._steps += 1
+        if self._steps == 1 or not self.state.is_cuda:
+            return self.finish(self._logits(self.state[:2], self.state[2:]))
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._found = self.finish(self._logits(self.state[:2], self.state[2:]))
+        self._graph.replay()
+        return self._found
+
+    def _logits(
         self,
-        x0: Tensor,  # (1, T, D): the row's last T tokens, embedded
-        past: int,  # tokens of the row before them
-    ) -> Tensor:  # (1, T, D)
-        """GPT.hidden of the last T tokens; notes their keys and values."""
-        config, model, x = self.config, self.model, x0
-        heads, kv_heads, count = config.num_heads, config.num_kv_heads, x0.size(1)
-        cos, sin = (table[past : past + count] for table in self.rotary)
-        # One new token may see everything.
-        mask = None if count == 1 else x.new_ones(count, past + count, dtype=torch.bool).tril(past)
+        ids: Tensor,  # (T,) or, after the token before them, (1 + T,) int64
+        position: Tensor,  # (T,) int64
+    ) -> Tensor:  # (vocab,) float32
+        """reference.logits of GPT.hidden of the row's last T tokens, at the last of them; notes keys and values."""
+        config, model, product = self.config, self.model, self.product
+        x = reference.rms_norm(model.embedding(ids).to(model.dtype))
+        x = x0 = reference.smear(x[None], model.smear_gate)[0, -len(position) :].contiguous()
         saved: list[Tensor] = []
         half = len(self.depth) // 2
         for virtual, i in enumerate(self.depth):
@@ -94,22 +111,17 @@ class Decoder:
             if 0 <= j < config.num_skips and saved:
                 x = reference.skip_mix(x, saved.pop(), model.skip_weights[j], model.skip_gates[j])
             x = reference.residual_mix(x, x0, model.resid_mix[i])
-
-            qkv = F.linear(reference.rms_norm(x, layer_scale), self.qkv[i]).unflatten(-1, (-1, config.head_dim))
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
-            q, k = reference.qk_norm_rotary(q, k, model.q_gain[i], cos, sin)
-            keys, values = self.keys[virtual, : past + count], self.values[virtual, : past + count]
-            keys[past:], values[past:] = k[0], v[0]
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), keys[None].transpose(1, 2), values[None].transpose(1, 2), mask, enable_gqa=True
+            heads = product("qkv", i, reference.rms_norm(x, layer_scale)).unflatten(-1, (-1, config.head_dim))
+            y = model.ops.cached_attention(
+                heads, model.q_gain[i], *self.rotary, position, self.keys[virtual], self.values[virtual]
             )
-            x = x + F.linear(reference.exclusive(y.transpose(1, 2), v).flatten(2), self.o[i])
-
-            h = reference.mlp_hidden(reference.rms_norm(x, layer_scale), self.up[i])
-            x = x + F.linear(h, self.down[i])
+            x = x + product("o", i, y.flatten(1))
+            h = F.leaky_relu(product("up", i, reference.rms_norm(x, layer_scale)), 0.5).square()
+            x = x + product("down", i, h)
             if virtual < half:
                 saved.append(x)
-        return reference.rms_norm(x)
+        x = product("head", 0, reference.rms_norm(x[-1:]))[0]
+        return reference.softcapped(x, config.logit_softcap)
 
 
 def generate(
@@ -121,15 +133,25 @@ def generate(
     top_p: float,
     seed: int,
     stop: Iterable[int] = (BOS,),
+    decoder: type[Decoder] = Decoder,
 ) -> Iterator[int]:
     """At most `count` tokens that go on from BOS and the prompt; ends before a token of `stop`.
 
-    At least the last half of model.config.context is seen, at most all of it: see Decoder.
+    At least the last half of model.config.context is seen, at most all of it: see Decoder. A seed gives the same draws
+    on every device, as far as the logits are the same.
     """
-    generator = torch.Generator().manual_seed(seed)
-    decoder, ends, new = Decoder(model, depth), frozenset(stop), [BOS, *prompt]
+    chances = torch.rand(max(1, count), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    chances = chances.to(model.smear_gate.device)
+    number = torch.zeros(1, dtype=torch.int64, device=chances.device)
+
+    def choose(logits: Tensor) -> Tensor:
+        token = draw(logits, temperature, top_p, chances[number])
+        number.add_(1)
+        return token
+
+    row, ends, new = decoder(model, depth, choose), frozenset(stop), [BOS, *prompt]
     for _ in range(count):
-        token = draw(decoder.extend(new), temperature, top_p, generator)
+        token = int(row.extend(new))
         if token in ends:
             return
         yield token

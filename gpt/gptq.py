@@ -9,7 +9,7 @@ bits, floored only against zero.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -146,7 +146,7 @@ def factorise(
         lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
         if not failed.any():
             upper = torch.linalg.solve_triangular(lower.flip(-2, -1), eye.expand_as(h), upper=True)
-            return Factor(order, upper.float())
+            return Factor(order, upper.float().contiguous())
     raise QuantisationError(
         f"Hessian {int(failed.nonzero()[0])} of {len(h)} is not positive definite even with {DAMPING[-1]:g} of its "
         "mean diagonal added"
@@ -186,28 +186,20 @@ def gptq(
     factor: Factor,
     scales: Tensor,  # (N, rows) float16
     levels: int,
+    block: Callable[..., Tensor] = reference.gptq_block,
 ) -> Tensor:  # (N, rows, columns) int8
-    """Codes of N matrices at once, on their device: columns / BLOCK large products and seven launches a column."""
-    matrices, rows, columns = weight.shape
+    """Codes of N matrices at once, on their device: for every BLOCK of columns an op and a large product."""
+    rows, columns = weight.shape[1:]
     # Transposed, so that a column is contiguous.
     w = weight.float().mT.gather(1, factor.order[:, :, None].expand(-1, -1, rows))  # (N, columns, rows)
-    step, upper = scales.float()[:, None], factor.upper
-    weights_of = upper.mT.contiguous()  # row j: what column j takes of the errors before it
-    pivot = upper.diagonal(dim1=-2, dim2=-1)[:, :, None, None]
+    step, upper = scales.float(), factor.upper
     codes = torch.empty_like(w, dtype=torch.int8)
     with _full_float32():
         for start in range(0, columns, BLOCK):
             end = min(start + BLOCK, columns)
-            errors = w.new_empty(matrices, end - start, rows)
-            for j in range(start, end):
-                done, column = j - start, w[:, j : j + 1]
-                if done:
-                    column = torch.baddbmm(column, weights_of[:, j : j + 1, start:j], errors[:, :done], alpha=-1)
-                code = (column / step).round_().clamp_(-levels, levels)
-                codes[:, j : j + 1] = code
-                torch.div(torch.addcmul(column, code, step, value=-1), pivot[:, j], out=errors[:, done : done + 1])
+            errors = block(w[:, start:end], upper[:, start:end, start:end], step, codes[:, start:end], levels)
             if end < columns:
-                w[:, end:].baddbmm_(weights_of[:, end:, start:end], errors, alpha=-1)
+                w[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors, alpha=-1)
     place = factor.order.argsort(-1)[:, :, None].expand(-1, -1, rows)
     return codes.gather(1, place).mT.contiguous()
 
@@ -217,11 +209,13 @@ def quantise(
     factor: Factor,
     clip_sigmas: float,
     kind: IntKind,
+    block: Callable[..., Tensor] = reference.gptq_block,
 ) -> Quantised:  # on the CPU
-    """GPTQ of a parameter with SDClip scales. Raises QuantisationError where a row is not finite."""
+    """GPTQ of a parameter with SDClip scales; block: the op of that name. Raises QuantisationError where a row is not
+    finite."""
     scales = row_scales(weight, clip_sigmas, LEVELS[kind])
     bank = weight.view(-1, *weight.shape[-2:])
-    codes = gptq(bank, factor, scales.view(bank.shape[:2]), LEVELS[kind])
+    codes = gptq(bank, factor, scales.view(bank.shape[:2]), LEVELS[kind], block)
     return Quantised(kind, codes.view(weight.shape).cpu(), scales.cpu())
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import BOS, Config
@@ -16,6 +18,17 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 # Called with the kind of matrix ("qkv", "o", "up", "down", "head"), the physical layer (0 for the head) and the
 # matrix's input (B, T, columns).
 Tap = Callable[[str, int, Tensor], None]
+# x (..., columns) times the transpose of a matrix, of such a kind and physical layer.
+Product = Callable[[str, int, Tensor], Tensor]
+
+
+class Matrices(NamedTuple):
+    """What products multiply by, a matrix a physical layer; the scales of attention and MLP are in o and down."""
+
+    qkv: Sequence[Tensor]  # ((H + 2 G) d, D): rows of q, then k, then v
+    o: Sequence[Tensor]  # (D, D)
+    up: Sequence[Tensor]  # (F, D)
+    down: Sequence[Tensor]  # (D, F)
 
 
 def orthogonal_(bank: Tensor, generator: torch.Generator | None = None) -> None:
@@ -70,13 +83,35 @@ class GPT(nn.Module):
         Rows shorter than the configured length keep its angles, so that a row's tail reads as in a whole row.
         """
         context = max(length, self.config.train_seq_len)
-        key = context, self.tok_emb.device
+        device = self.smear_gate.device
+        key = context, device
         if key not in self._rotary:
             self._rotary[key] = reference.rotary_table(
-                context, self.config.rope_dims, self.config.rope_base, context, self.tok_emb.device
+                context, self.config.rope_dims, self.config.rope_base, context, device
             )
         cos, sin = self._rotary[key]
         return cos[:length], sin[:length]
+
+    def matrices(self) -> Matrices:
+        """In the dtype of products. Banks are cast once and split into views once: the backward is one stack a bank,
+        however often it is used. Scales folded into output matrices cost activations nothing."""
+        layers, dtype, qo, kv = self.config.num_layers, self.dtype, self.qo_bank, self.kv_bank
+        return Matrices(
+            torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).to(dtype).unbind(),
+            (self.attn_scale[:, :, None] * qo[layers:]).to(dtype).unbind(),
+            self.mlp_up_bank.to(dtype).unbind(),
+            (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind(),
+        )
+
+    def embedding(self, tokens: Tensor | None = None) -> Tensor:  # (..., D) float32
+        """The rows of tokens (...); without tokens all of them, (vocab, D)."""
+        return self.tok_emb if tokens is None else F.embedding(tokens, self.tok_emb)
+
+    def products(self) -> Product:
+        """By the matrices as they are now; ("head", 0) is the embedding."""
+        head = self.embedding().to(self.dtype)
+        of_kind: dict[str, Sequence[Tensor]] = {**self.matrices()._asdict(), "head": (head,)}
+        return lambda kind, layer, x: F.linear(x, of_kind[kind][layer])
 
     def hidden(
         self,
@@ -87,20 +122,13 @@ class GPT(nn.Module):
     ) -> Tensor:  # (B, T, D)
         """Normalised output of the last layer: what the head multiplies."""
         config, ops, dtype = self.config, self.ops, self.dtype
-        layers = config.num_layers
-        # Banks are cast once and split into views once: the backward is one stack a bank, however often it is used.
-        # The scales of attention and MLP are folded into their output matrices, where they cost activations nothing.
-        qo, kv = self.qo_bank, self.kv_bank
-        qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).to(dtype).unbind()
-        o = (self.attn_scale[:, :, None] * qo[layers:]).to(dtype).unbind()
-        up = self.mlp_up_bank.to(dtype).unbind()
-        down = (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
+        qkv, o, up, down = self.matrices()
         mix, gain = self.resid_mix.unbind(), self.q_gain.unbind()
         skips = list(zip(self.skip_weights.unbind(), self.skip_gates.unbind(), strict=True))
 
         starts = tokens == BOS if config.document_mask else None
         mask = None if starts is None else ops.attention_mask(starts)
-        x = x0 = ops.embed(tokens, self.tok_emb, self.smear_gate, starts, dtype)
+        x = x0 = ops.embed(tokens, self.embedding(), self.smear_gate, starts, dtype)
         saved: list[Tensor] = []  # outputs of the first half's layers, as the layer after each hands them on
         half = len(depth) // 2
         for virtual, i in enumerate(depth):
@@ -138,7 +166,7 @@ class GPT(nn.Module):
     ) -> Tensor:  # ()
         """Mean cross-entropy in nats."""
         x = self.hidden(tokens, depth, rotary)
-        return self.ops.linear_cross_entropy(x, self.tok_emb.to(self.dtype), targets, self.config.logit_softcap)
+        return self.ops.linear_cross_entropy(x, self.embedding().to(self.dtype), targets, self.config.logit_softcap)
 
     def losses(
         self,
@@ -149,10 +177,10 @@ class GPT(nn.Module):
     ) -> Tensor:  # (B, N) float32
         """Cross-entropy in nats of each of the last N positions of every row."""
         x = self.hidden(tokens, depth, rotary)[:, -targets.size(1) :]
-        weight = self.tok_emb.to(self.dtype)
+        weight = self.embedding().to(self.dtype)
         return self.ops.linear_cross_entropy(x, weight, targets, self.config.logit_softcap, reduction="none")
 
     def logits(self, tokens: Tensor, depth: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:  # (B, V) float32
         """Softcapped logits of the last position of every row."""
         x = self.hidden(tokens, depth, rotary)[:, -1]
-        return reference.logits(x, self.tok_emb.to(self.dtype), self.config.logit_softcap)
+        return reference.logits(x, self.embedding().to(self.dtype), self.config.logit_softcap)

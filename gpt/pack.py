@@ -143,7 +143,7 @@ def _pack(
     limit: int,
     calibrated: float,
 ) -> Packed:
-    config = model.config
+    config, block = model.config, model.ops.gptq_block
     seconds = {"calibrate": calibrated, "quantise": 0.0, "compress": 0.0}
     begin = time.perf_counter()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -151,13 +151,13 @@ def _pack(
         if not weight.isfinite().all():
             raise QuantisationError(f"{name} is not finite")
     factors = parameter_factors(hessians, config)
-    fixed = {"tok_emb": quantise(weights["tok_emb"], factors["tok_emb"], config.embed_clip_sigmas, "int8")}
+    fixed = {"tok_emb": quantise(weights["tok_emb"], factors["tok_emb"], config.embed_clip_sigmas, "int8", block)}
     vectors = {name: _half(weight) for name, weight in weights.items() if name not in INPUTS}
     seconds["quantise"] += time.perf_counter() - begin
 
     def packed(clip_sigmas: float) -> tuple[Tensors, bytes]:
         begin = time.perf_counter()
-        matrices = {name: quantise(weights[name], factors[name], clip_sigmas, "int6") for name in BANKS}
+        matrices = {name: quantise(weights[name], factors[name], clip_sigmas, "int6", block) for name in BANKS}
         matrices["mlp_up_bank"] = without_dead_neurons(matrices["mlp_up_bank"], matrices["mlp_down_bank"])
         quantised = time.perf_counter()
         tensors: Tensors = {**matrices, **fixed, **vectors}

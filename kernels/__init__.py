@@ -50,7 +50,10 @@ class Ops:
     muon_momentum: Op
     muon_update: Op
     adamw_update: Op
+    int6_dequantise: Op
     int6_linear: Op
+    gptq_block: Op
+    cached_attention: Op
     graph: Callable[[Op], Op]
     names: dict[str, str]
 
@@ -63,7 +66,7 @@ class Ops:
         """Raise KernelError where Triton kernels were chosen that do not take a model of these sizes."""
         chosen = {op for op, implementation in self.names.items() if implementation == "triton"}
         limits = (
-            ({"attention", "attention_input"}, head_dim in HEAD_DIMS, f"heads of {head_dim}",
+            ({"attention", "attention_input", "cached_attention"}, head_dim in HEAD_DIMS, f"heads of {head_dim}",
              f"one of {HEAD_DIMS}"),
             ({"attention_input"}, (rope_dims // 2).bit_count() == 1, f"rope_dims={rope_dims}", "twice a power of two"),
             ({"attention_input", "embed", "mlp", "rms_norm"}, model_dim % 16 == 0 and model_dim <= 1024,
@@ -81,7 +84,7 @@ class Ops:
 
 
 # What "auto" is on a GPU.
-AUTO = "triton,int6_linear=reference"
+AUTO = "triton"
 
 _OPS = tuple(field.name for field in fields(Ops) if field.name not in ("graph", "names"))
 # Those of forward and backward: all before the optimizer's.
@@ -108,8 +111,11 @@ def _triton() -> dict[str, Op]:
     from kernels import (
         attention,
         attention_input,
+        cached_attention,
         cross_entropy,
         embedding,
+        gptq,
+        int6,
         matmul,
         mlp,
         newton_schulz,
@@ -130,6 +136,10 @@ def _triton() -> dict[str, Op]:
         "muon_momentum": optimizer.muon_momentum,
         "muon_update": optimizer.muon_update,
         "adamw_update": optimizer.adamw_update,
+        "int6_dequantise": int6.int6_dequantise,
+        "int6_linear": int6.int6_linear,
+        "gptq_block": gptq.gptq_block,
+        "cached_attention": cached_attention.cached_attention,
     }
 
 
@@ -169,12 +179,6 @@ def select(choice: str, device: torch.device) -> Ops:
             f"found device {device.type}"
         )
     tables = {implementation: IMPLEMENTATIONS[implementation]() for implementation in set(chosen.values())}
-    missing = [op for op, implementation in chosen.items() if op not in tables[implementation]]
-    if missing:
-        raise KernelError(
-            f"kernels={choice}: no {chosen[missing[0]]} implementation of {', '.join(missing)}; name another for each, "
-            f"for example kernels={AUTO}"
-        )
     table = {op: tables[implementation][op] for op, implementation in chosen.items()}
     # Fused kernels leave a graph nothing to fuse, and cost no compilation when the layers change.
     return Ops(**table, graph=compiled.graph if base == "compiled" else lambda function: function, names=chosen)

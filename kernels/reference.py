@@ -184,6 +184,27 @@ def attention_qkv(
     return attention(q, k, v, mask)
 
 
+def cached_attention(
+    qkv: Tensor,  # (T, H + 2 G, D) of a row's new tokens: rows of q, then k, then v, as the product gives them
+    gain: Tensor,  # (H,)
+    cos: Tensor,  # (C, R/2) of all positions
+    sin: Tensor,  # (C, R/2)
+    position: Tensor,  # (T,) int64
+    keys: Tensor,  # (C, G, D) of earlier positions, finite; written at the new ones
+    values: Tensor,  # (C, G, D), as keys
+) -> Tensor:  # (T, H, D)
+    """attention of new tokens to themselves and all before them, after qk_norm_rotary."""
+    q, k, v = qkv[None].split((gain.size(0), keys.size(1), keys.size(1)), dim=2)
+    q, k = qk_norm_rotary(q, k, gain, cos[position], sin[position])
+    keys.index_copy_(0, position, k[0])
+    values.index_copy_(0, position, v[0])
+    seen = torch.arange(keys.size(0), device=keys.device) <= position[:, None]
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys[None].transpose(1, 2), values[None].transpose(1, 2), seen, enable_gqa=True
+    )
+    return exclusive(y.transpose(1, 2), v)[0]
+
+
 def linear_add(
     x: Tensor,  # (..., N)
     y: Tensor,  # (..., K)
@@ -218,7 +239,15 @@ def logits(
     softcap: float,
 ) -> Tensor:  # (..., V) float32
     """softcap * tanh(x weight^T / softcap) in float32."""
-    return softcap * torch.tanh(F.linear(x, weight).float() / softcap)
+    return softcapped(F.linear(x, weight), softcap)
+
+
+def softcapped(
+    x: Tensor,  # (..., V)
+    softcap: float,
+) -> Tensor:  # (..., V) float32
+    """softcap * tanh(x / softcap) in float32."""
+    return softcap * torch.tanh(x.float() / softcap)
 
 
 def linear_cross_entropy(
@@ -253,6 +282,38 @@ def newton_schulz(
     return found
 
 
+def pack_codes(
+    codes: Tensor,  # (..., rows, columns) int8 in -31..31
+) -> Tensor:  # (..., rows, 3, Q) uint8, Q = 16 ceil(columns / 64)
+    """Six bits a code, which is kept with 32 added. A row's columns, filled up with code 0 to 4 Q, are four quarters.
+
+    Byte j of plane 0 holds the low four bits of the codes j and Q + j, the former in its lower half; byte j of plane 1
+    those of 2 Q + j and 3 Q + j; byte j of plane 2 the high two bits of all four, the first in its lowest bits.
+    Raises ValueError where a code is out of range.
+    """
+    least, most = (int(x) for x in codes.aminmax()) if codes.numel() else (0, 0)
+    if least < -31 or most > 31:
+        raise ValueError(f"pack_codes wants codes in -31..31; got {least} to {most}")
+    stride = 16 * -(-codes.size(-1) // 64)
+    codes = F.pad(codes, (0, 4 * stride - codes.size(-1))) + 32
+    a, b, c, d = codes.view(torch.uint8).unflatten(-1, (4, stride)).unbind(-2)
+    low = (x & 15 for x in (a, b, c, d))
+    high = a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (d >> 4) << 6
+    first, second, third, fourth = low
+    return torch.stack((first | second << 4, third | fourth << 4, high), dim=-2)
+
+
+def unpack_codes(
+    packed: Tensor,  # (..., rows, 3, Q) uint8
+    columns: int,
+) -> Tensor:  # (..., rows, columns) int8
+    """The codes that pack_codes packed."""
+    first, second, high = packed.unbind(-2)
+    low = (first & 15, first >> 4, second & 15, second >> 4)
+    codes = torch.cat([x | (high >> 2 * i & 3) << 4 for i, x in enumerate(low)], dim=-1)
+    return codes[..., :columns].view(torch.int8) - 32
+
+
 def dequantise(
     codes: Tensor,  # (rows, columns) int8
     scales: Tensor,  # (rows,)
@@ -262,13 +323,51 @@ def dequantise(
     return (codes.float() * scales.float()[:, None]).to(dtype)
 
 
+def int6_dequantise(
+    codes: Tensor,  # (rows, 3, Q) uint8 of pack_codes, or (rows, columns) int8
+    scales: Tensor,  # (rows,)
+    gain: Tensor | None,  # (rows,) float32; None: 1
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (rows, columns)
+    """gain * (codes * scales), multiplied in float32."""
+    codes = unpack_codes(codes, columns) if codes.dtype == torch.uint8 else codes
+    weight = dequantise(codes, scales, torch.float32)
+    return (weight if gain is None else gain[:, None] * weight).to(dtype)
+
+
 def int6_linear(
     x: Tensor,  # (..., columns)
-    codes: Tensor,  # (rows, columns) int8 in -31..31
+    codes: Tensor,  # (rows, 3, Q) uint8 of pack_codes, or (rows, columns) int8
     scales: Tensor,  # (rows,)
+    gain: Tensor | None = None,  # (rows,) float32
 ) -> Tensor:  # (..., rows)
     """x times the transposed dequantised matrix."""
-    return F.linear(x, dequantise(codes, scales, x.dtype))
+    return F.linear(x, int6_dequantise(codes, scales, gain, x.size(-1), x.dtype))
+
+
+def gptq_block(
+    w: Tensor,  # (N, B, rows) float32: a column a row
+    upper: Tensor,  # (N, B, B) float32, upper triangular
+    scales: Tensor,  # (N, rows) float32
+    codes: Tensor,  # (N, B, rows) int8, written
+    levels: int,
+) -> Tensor:  # errors (N, B, rows) float32
+    """GPTQ of B columns, one after the other: each is rounded, less its share of the errors of those before it.
+
+    An error is what rounding changed, over the column's place on upper's diagonal.
+    """
+    weights_of = upper.mT.contiguous()  # row j: what column j takes of the errors before it
+    errors, step = torch.empty_like(w), scales[:, None]
+    for j in range(w.size(1)):
+        column = w[:, j : j + 1]
+        if j:
+            column = torch.baddbmm(column, weights_of[:, j : j + 1, :j], errors[:, :j], alpha=-1)
+        code = (column / step).round_().clamp_(-levels, levels)
+        codes[:, j : j + 1] = code
+        pivot = upper[:, j, j, None, None]
+        torch.div(torch.addcmul(column, code, step, value=-1), pivot, out=errors[:, j : j + 1])
+    return errors
 
 
 def muon_momentum(

@@ -57,6 +57,13 @@ def test_score(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFi
     for shown in (f"{plain['bpb']:.5f}", f"{sliding['bpb']:.5f}", record["artifact_sha256"], "fits", "attention"):
         assert shown in printed
 
+    run("score", path, "--data-path", data, "--packed", "--json", tmp_path / "packed.json")
+    packed = json.loads((tmp_path / "packed.json").read_text())["scores"]
+    assert [packed[name]["nats"] for name in ("plain", "sliding")] == [plain["nats"], sliding["nats"]]
+    assert run("audit", tmp_path / "packed.json", "--artifact", path, "--data-path", data) == 0
+    assert run("score", path, "--data-path", data, "--packed", "--ttt", "chunk") == 2
+    assert "weights that stay packed cannot be trained" in capsys.readouterr().err
+
     run("score", path, "--data-path", data, "--sliding", "--stride", "16", "--json", tmp_path / "one.json")
     one = json.loads((tmp_path / "one.json").read_text())["scores"]
     assert one.keys() == {"sliding"}
@@ -201,16 +208,19 @@ def test_greedy_generation_is_the_uncached_one(document_mask: bool, prompt_lengt
 
 def test_top_p_keeps_the_fewest_tokens() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    generator = torch.Generator().manual_seed(0)
+    chances = torch.linspace(0, 1, 201, dtype=torch.float64)[:-1]
 
     def drawn(temperature: float, top_p: float) -> set[int]:
-        return {draw(logits, temperature, top_p, generator) for _ in range(300)}
+        return {int(draw(logits, temperature, top_p, chance[None])) for chance in chances}
 
     assert drawn(1.0, 0.5) == {1}
     assert drawn(1.0, 0.7) == {1, 3}
     assert drawn(1.0, 1.0) == {0, 1, 2, 3}
     assert drawn(0.0, 1.0) == {1}
     assert drawn(1.0, 0.0) == {1}
+    # As often as their probability among those that are kept says.
+    tokens = torch.cat([draw(logits, 1.0, 0.7, chance[None]) for chance in chances])
+    assert (tokens == 1).float().mean() == pytest.approx(0.5 / 0.75, abs=0.01)
 
 
 def test_characters_in_byte_pieces_come_whole() -> None:
