@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,15 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 # Called with the kind of matrix ("qkv", "o", "up", "down", "head"), the physical layer (0 for the head) and the
 # matrix's input (B, T, columns).
 Tap = Callable[[str, int, Tensor], None]
+
+
+class Weights(NamedTuple):
+    """Matrices as the ops of a forward pass take them, one a physical layer: tensors, or whatever those ops know."""
+
+    qkv: Sequence[Any]  # ((H + 2 G) d, D)
+    o: Sequence[Any]  # (D, D), rows times attn_scale
+    up: Sequence[Any]  # (F, D)
+    down: Sequence[Any]  # (D, F), rows times mlp_scale
 
 
 def orthogonal_(bank: Tensor, generator: torch.Generator | None = None) -> None:
@@ -78,23 +88,36 @@ class GPT(nn.Module):
         cos, sin = self._rotary[key]
         return cos[:length], sin[:length]
 
+    def weights(self) -> Weights:
+        """The banks in the type of activations.
+
+        They are cast once and split into views once: the backward is one stack a bank, however often it is used. The
+        scales of attention and MLP are folded into their output matrices, where they cost activations nothing.
+        """
+        layers, dtype = self.config.num_layers, self.dtype
+        qo, kv = self.qo_bank, self.kv_bank
+        return Weights(
+            torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).to(dtype).unbind(),
+            (self.attn_scale[:, :, None] * qo[layers:]).to(dtype).unbind(),
+            self.mlp_up_bank.to(dtype).unbind(),
+            (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind(),
+        )
+
     def hidden(
         self,
         tokens: Tensor,  # (B, T) int64
         depth: Sequence[int],  # physical index of each virtual layer
         rotary: tuple[Tensor, Tensor],  # of self.rotary(T)
         tap: Tap | None = None,
-    ) -> Tensor:  # (B, T, D)
-        """Normalised output of the last layer: what the head multiplies."""
+        last: int | None = None,  # how many positions of each row are wanted, from its end; default: all
+        weights: Weights | None = None,  # default: self.weights()
+    ) -> Tensor:  # (B, last, D)
+        """Normalised output of the last layer: what the head multiplies.
+
+        The last layer is only worked out where it is wanted; of the other positions it takes keys and values.
+        """
         config, ops, dtype = self.config, self.ops, self.dtype
-        layers = config.num_layers
-        # Banks are cast once and split into views once: the backward is one stack a bank, however often it is used.
-        # The scales of attention and MLP are folded into their output matrices, where they cost activations nothing.
-        qo, kv = self.qo_bank, self.kv_bank
-        qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).to(dtype).unbind()
-        o = (self.attn_scale[:, :, None] * qo[layers:]).to(dtype).unbind()
-        up = self.mlp_up_bank.to(dtype).unbind()
-        down = (self.mlp_scale[:, :, None] * self.mlp_down_bank).to(dtype).unbind()
+        qkv, o, up, down = weights or self.weights()
         mix, gain = self.resid_mix.unbind(), self.q_gain.unbind()
         skips = list(zip(self.skip_weights.unbind(), self.skip_gates.unbind(), strict=True))
 
@@ -113,7 +136,11 @@ class GPT(nn.Module):
             heads, x, x0, before = ops.attention_input(x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale)
             if 0 < virtual < half:
                 saved.append(before)
-            y = ops.attention(heads, config.num_kv_heads, mask).flatten(2)
+            if last and last < tokens.size(1) and virtual == len(depth) - 1:
+                x = x[:, -last:].contiguous()
+                y = reference.attention_tail(heads, config.num_kv_heads, last, starts).flatten(2)
+            else:
+                y = ops.attention(heads, config.num_kv_heads, mask).flatten(2)
             if tap:
                 tap("qkv", i, reference.rms_norm(x, layer_scale))
                 tap("o", i, y)
@@ -148,11 +175,11 @@ class GPT(nn.Module):
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:  # (B, N) float32
         """Cross-entropy in nats of each of the last N positions of every row."""
-        x = self.hidden(tokens, depth, rotary)[:, -targets.size(1) :]
+        x = self.hidden(tokens, depth, rotary, last=targets.size(1))
         weight = self.tok_emb.to(self.dtype)
         return self.ops.linear_cross_entropy(x, weight, targets, self.config.logit_softcap, reduction="none")
 
     def logits(self, tokens: Tensor, depth: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:  # (B, V) float32
         """Softcapped logits of the last position of every row."""
-        x = self.hidden(tokens, depth, rotary)[:, -1]
+        x = self.hidden(tokens, depth, rotary, last=1)[:, -1]
         return reference.logits(x, self.tok_emb.to(self.dtype), self.config.logit_softcap)
