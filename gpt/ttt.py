@@ -353,14 +353,13 @@ def _documents(
     documents = sorted(documents_of(text), key=lambda d: d[0] - d[1])
     adapters = _Documents(model, depth, form)
     log = TokenLog(text.targets, ranks.device)
-    if ranks.device.type == "cuda":  # allocate and tune, on random tokens
-        size = 2 * context
+    if ranks.device.type == "cuda":  # every kernel and length, of two documents and of one, on random tokens
+        size = context + form.tokens
         tokens = torch.randint(model.config.vocab_size, (size + 1,), device=ranks.device, dtype=torch.int32)
         noise = ValidationText(tokens, torch.ones(size, dtype=torch.int16, device=ranks.device))
-        # Each is the same noise; what the log and the ledger of it say is thrown away.
-        adapters.run(
-            noise, [(0, size)] * form.documents, context, TokenLog(size, ranks.device), Ledger(torch.tensor(0))
-        )
+        # Both are the same noise; what the log and the ledger of it say is thrown away.
+        log_of_noise, ledger_of_noise = TokenLog(size, ranks.device), Ledger(torch.tensor(0))
+        adapters.run(noise, [(0, size), (0, context)], context, log_of_noise, ledger_of_noise)
         torch.cuda.synchronize()
     begin = time.perf_counter()
     ledger = Ledger(fingerprint(model.parameters()))
