@@ -93,6 +93,12 @@ def validation_text(tokens: NDArray[np.uint16], table: ByteTable, device: torch.
     return ValidationText(moved, lengths)
 
 
+def moved(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on a device, without waiting for what that is at."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class TokenLog:
     """Nats of every target on the device, and how often each was scored."""
 
@@ -223,13 +229,6 @@ class Windows:
         spans = zip(documents[of[heads]], places[heads], places[tails - 1] + 1, strict=True) if places.size else ()
         return alone, [(int(begin), int(scored), int(end)) for begin, scored, end in spans]
 
-    def _moved(self, array: NDArray[Any]) -> Tensor:
-        """On the device, without waiting for it."""
-        tensor = torch.from_numpy(array)
-        return (
-            tensor.pin_memory().to(self.ranks.device, non_blocking=True) if self.ranks.device.type == "cuda" else tensor
-        )
-
     def _add_rows(self, rows: Sequence[Sequence[Span]]) -> None:
         """Score whole rows: of every span the targets from `scored` on."""
         shape = self.rows if self.padded else len(rows), self.context
@@ -240,17 +239,17 @@ class Windows:
                 index[number, place : place + end - begin] = np.arange(begin, end)
                 wanted[number, place + scored - begin : place + end - begin] = True
                 place += end - begin
-        targets = self._moved(index)
+        targets = moved(index, self.ranks.device)
         # What a row is filled up with comes last: causality hides it.
         inputs = torch.where(targets < 0, BOS, self.text.tokens[targets.clamp_min(0)].long())
         nats = self.losses(inputs, self.text.tokens[targets + 1].long(), self.depth, self.rotary)
-        self.log.put(targets, self._moved(wanted), nats)
+        self.log.put(targets, moved(wanted, self.ranks.device), nats)
 
     def _add_windows(self, groups: NDArray[np.int64], last: int) -> None:
         """Score groups of `stride` targets, by their first; each is what its window ends with."""
         count = self.text.targets
         padding = np.full(self.rows - groups.size if self.padded else 0, last)
-        index = self._moved(np.append(groups, padding))[:, None]
+        index = moved(np.append(groups, padding), self.ranks.device)[:, None]
         ahead = torch.arange(self.context, device=self.ranks.device)
         targets = index + ahead[: self.stride]
         # Whatever is read instead of what lies past the end comes after every scored position.

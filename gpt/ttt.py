@@ -34,7 +34,7 @@ from gpt.data import held_out_rows, load_validation, rows_of
 from gpt.distributed import Ranks
 from gpt.ledger import Ledger, Version, fingerprint
 from gpt.model import GPT
-from gpt.score import Score, TokenLog, ValidationText, Windows, finished
+from gpt.score import Score, TokenLog, ValidationText, Windows, finished, moved
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class _Trainer:
 
     def _step(self, rows: list[int], lr: float) -> None:
         ahead = torch.arange(self.context + 1, device=self.ranks.device)
-        tokens = self.text.tokens[torch.tensor(rows, device=self.ranks.device)[:, None] + ahead]
+        tokens = self.text.tokens[moved(np.array(rows), self.ranks.device)[:, None] + ahead]
         _mean_gradient(self.loss, self.weights, tokens, self.depth, self.rotary, self.ranks, self.micro)
         if self.form.clip:
             torch.nn.utils.clip_grad_norm_(self.weights, self.form.clip)
@@ -299,7 +299,7 @@ class _Documents:
         moments = [{name: torch.zeros_like(x) for name, x in learning.items()} for _ in range(2)]
         steps = [torch.zeros((), device=device) for _ in learning]
         versions: list[Version] = [ledger.base] * len(documents)
-        begins, ends = (torch.tensor(edges, device=device)[:, None] for edges in zip(*documents, strict=True))
+        begins, ends = moved(np.array(documents).T.copy(), device)[..., None]
         pieces = [-(-(end - begin) // size) for begin, end in documents]
         for piece in range(pieces[0]):
             scored = sum(count > piece for count in pieces)
