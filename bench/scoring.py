@@ -311,7 +311,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--documents", action="store_true", help="mask documents, whatever the artifact says")
     parser.add_argument("--forms", nargs="+", default=["chunk", "document"], help="as quantize.py's --ttt")
     parser.add_argument("--form-count", type=int, help="tokens for these; default: --count")
-    parser.add_argument("--long", type=int, default=32, help="documents side by side for the projection")
+    parser.add_argument("--long", type=int, default=64, help="documents side by side for the projection")
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=524_288)
     parser.add_argument("--bus", type=float, default=100.0, help="GB/s of an all-reduce, for the projection")
@@ -320,12 +320,14 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("bench.scoring: wants an NVIDIA GPU, found none", file=sys.stderr)
         return 2
-    bench = Bench(options)
-    bench.sliding()
-    for form in options.forms:
-        bench.form(form)
-    command = "python -m bench.scoring " + " ".join(arguments)
-    print(write_result("scoring", command, bench.measured, bench.rows, options.out)[0])
+    bench, command = Bench(options), "python -m bench.scoring " + " ".join(arguments)
+    for form in (None, *options.forms):
+        if form is None:
+            bench.sliding()
+        else:
+            bench.form(form)
+        path, _ = write_result("scoring", command, bench.measured, bench.rows, options.out)
+    print(path)
     return 0
 
 

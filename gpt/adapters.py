@@ -72,6 +72,46 @@ class _Activation(torch.autograd.Function):
         return F.leaky_relu(h, 0.5).mul_(da).mul_(2)
 
 
+def _heads(
+    qkv: Tensor,  # (n, T, H + 2 G, d)
+    gain: Tensor,  # (H,)
+    cos: Tensor,  # (T, R/2)
+    sin: Tensor,  # (T, R/2)
+) -> Tensor:  # as qkv
+    """The raw product as attention takes it: reference.qk_norm_rotary of its queries and keys."""
+    kv_heads = _kv_heads(qkv, gain)
+    q, k, v = qkv.split((gain.size(0), kv_heads, kv_heads), dim=2)
+    return torch.cat((*reference.qk_norm_rotary(q, k, gain, cos, sin), v), dim=2)
+
+
+class _TritonHeads(torch.autograd.Function):
+    """_heads by the Triton kernels, in place: nothing else reads the raw product. The gain has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        from kernels import rotary
+
+        rows, ctx.length = qkv.flatten(0, 1), qkv.size(1)
+        scale = torch.ones(rows.size(0), device=qkv.device)
+        inverse = rotary.qkv_forward(rows, gain, cos, sin, scale, _kv_heads(qkv, gain), ctx.length)
+        heads = qkv.detach()
+        ctx.save_for_backward(heads, gain, cos, sin, inverse, scale)
+        return heads
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        from kernels import rotary
+
+        qkv, gain, cos, sin, inverse, scale = ctx.saved_tensors
+        arguments = (gain, cos, sin, inverse, scale, _kv_heads(qkv, gain), ctx.length)
+        raw, _ = rotary.qkv_backward(grad.flatten(0, 1).contiguous(), qkv.flatten(0, 1), *arguments)
+        return raw.view_as(qkv), None, None, None
+
+
+def _kv_heads(qkv: Tensor, gain: Tensor) -> int:
+    return (qkv.size(2) - gain.size(0)) // 2
+
+
 def linear(
     x: Tensor,  # (n, T, K)
     matrix: Adapted,
@@ -85,22 +125,19 @@ def linear(
 def adapting(ops: Ops) -> Ops:
     """These ops with an Adapted wherever they take a matrix."""
     mix: Callable[..., Tensor] = _mix
-    qk_norm_rotary: Callable[..., tuple[Tensor, Tensor]] = reference.qk_norm_rotary
+    heads: Callable[..., Tensor] = _heads
     if ops.names["attention_input"] == "triton":
-        from kernels import residual, rotary
+        from kernels import residual
 
-        mix, qk_norm_rotary = residual.residual_mix, rotary.qk_norm_rotary
+        mix, heads = residual.residual_mix, _TritonHeads.apply
 
     def attention_input(
         x: Tensor, x0: Tensor, mixing: Tensor, skip: Any, matrix: Adapted, gain: Tensor, cos: Tensor, sin: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x = mix(x, x0, mixing, *(skip or ()))
-        head_dim = x.size(-1) // gain.size(0)
-        qkv = linear(ops.rms_norm(x, scale), matrix).unflatten(-1, (-1, head_dim))
-        kv_heads = (qkv.size(2) - gain.size(0)) // 2
-        q, k, v = qkv.split((gain.size(0), kv_heads, kv_heads), dim=2)
-        return torch.cat((*qk_norm_rotary(q, k, gain, cos, sin), v), dim=2), x, x0
+        qkv = linear(ops.rms_norm(x, scale), matrix).unflatten(-1, (-1, x.size(-1) // gain.size(0)))
+        return heads(qkv, gain, cos, sin), x, x0
 
     def mlp(x: Tensor, up: Adapted, down: Adapted, scale: float) -> Tensor:
         hidden: Tensor = _Activation.apply(linear(ops.rms_norm(x, scale), up))
