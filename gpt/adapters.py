@@ -13,7 +13,7 @@ and attention are those of the ops that it had; products are cuBLAS's, since no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -208,7 +208,7 @@ class Adapters:
         adapters: dict[str, Tensor],
         tokens: Tensor,  # (n, T) int64
         targets: Tensor,  # (n, N) int64, of the last N positions
-        depth: Any,
+        depth: Sequence[int],
     ) -> Tensor:  # (n, N) float32 or float64
         """Cross-entropy in nats under each row's adapters."""
         rotary = self.model.rotary(tokens.size(1))
