@@ -134,19 +134,19 @@ def adapting(ops: Ops) -> Ops:
     def attention_input(
         x: Tensor, x0: Tensor, mixing: Tensor, skip: Any, matrix: Adapted, gain: Tensor, cos: Tensor, sin: Tensor,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        x = mix(x, x0, mixing, *(skip or ()))
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        came, x = x, mix(x, x0, mixing, *(skip or ()))
         qkv = linear(ops.rms_norm(x, scale), matrix).unflatten(-1, (-1, x.size(-1) // gain.size(0)))
-        return heads(qkv, gain, cos, sin), x, x0
+        return heads(qkv, gain, cos, sin), x, x0, came
 
-    def mlp(x: Tensor, up: Adapted, down: Adapted, scale: float) -> Tensor:
+    def mlp(x: Tensor, up: Adapted, down: Adapted, scale: float, squares: None) -> Tensor:
         hidden: Tensor = _Activation.apply(linear(ops.rms_norm(x, scale), up))
         return linear(hidden, down, x)
 
     return replace(
         ops.reproducible(),
         attention_input=attention_input,
-        linear_add=lambda x, y, matrix: linear(y, matrix, x),
+        linear_add=lambda x, y, matrix: (linear(y, matrix, x), None),
         mlp=mlp,
         linear_cross_entropy=reference.linear_cross_entropy,  # of few rows each, with a gradient
         graph=lambda function: function,
