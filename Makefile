@@ -16,7 +16,7 @@ train: $(VENV)/ready
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_attention_input.py \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_adapters.py tests/test_attention.py tests/test_attention_input.py \
 		tests/test_cached_attention.py tests/test_cross_entropy.py tests/test_gptq_kernel.py tests/test_int6.py \
 		tests/test_launch.py tests/test_mlp.py tests/test_newton_schulz.py tests/test_optimizer.py tests/test_residual.py
 

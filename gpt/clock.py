@@ -25,6 +25,24 @@ class StepReport:
     launched: float  # training seconds at its launch
 
 
+class Stopwatch:
+    """Milliseconds of what was done between laps, by name. Every lap waits for the device: not for use in training."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ms = device, dict[str, float]()
+        self._since = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = self._now()
+        self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (now - self._since)
+        self._since = now
+
+
 class Clock:
     """The clock of the wall-clock cap. Runs while training does, stands during validation.
 

@@ -82,28 +82,52 @@ def tokens_sha256(tokens: NDArray[np.uint16]) -> str:
     return hashlib.sha256(tokens.astype("<u2", copy=False).tobytes()).hexdigest()
 
 
+Version = str | int  # a name, or the number of the fingerprint that one will be made of
+
+
 class Ledger:
-    """Taken down while scoring: no figures of losses yet, so nothing waits for the device; `close` puts them in."""
+    """Taken down while scoring, without waiting for the device: `settle` puts in names of weights, `close` figures."""
 
     def __init__(self, base: Tensor) -> None:
         self.base = _hex(int(base))
         self.lines: list[list[Any]] = []
+        self._prints: list[Tensor] = []
+        self._count = 0
 
-    def scored(self, first: int, last: int, version: str) -> None:
+    def scored(self, first: int, last: int, version: Version) -> None:
         self.lines.append(["score", first, last, version])
 
-    def scored_in_lines(self, first: int, last: int, version: str) -> None:
+    def scored_in_lines(self, first: int, last: int, version: Version) -> None:
         """A long range as lines of LINE targets."""
         for begin in range(first, last, LINE):
             self.scored(begin, min(begin + LINE, last), version)
 
-    def trained(self, first: int, last: int, parent: str, print_of_weights: int) -> str:
-        """Note the training of a version, and name what it became."""
-        self.lines.append(["train", first, last, parent, _hex(print_of_weights)])
-        return version_name(parent, first, last, _hex(print_of_weights))
+    def fingerprints(self, prints: Tensor) -> int:
+        """Keep () or (n,) int64 fingerprints, on whatever device; returns the number of the first."""
+        self._prints.append(prints.reshape(-1))
+        self._count += prints.numel()
+        return self._count - prints.numel()
+
+    def trained(self, first: int, last: int, parent: Version, number: int) -> Version:
+        """Note the training of a version; returns what it became, whose weights have the fingerprint of that number."""
+        self.lines.append(["train", first, last, parent, number])
+        return number
+
+    def settle(self) -> None:
+        """Put the names of versions into the lines. Waits for the device."""
+        values = torch.cat(self._prints).tolist() if self._prints else []
+        names: dict[Version, str] = {}
+        for line in self.lines:
+            line[3] = names.get(line[3], line[3])
+            if line[0] == "train" and isinstance(line[4], int):
+                _, first, last, parent, number = line
+                line[4] = found = _hex(values[int(number)])
+                names[number] = version_name(str(parent), first, last, found)
+        self._prints, self._count = [], 0
 
     def close(self, nats: Tensor, lengths: Tensor) -> tuple[float, int]:
         """Put nats and bytes into the lines, of (count,) of each target; returns their totals."""
+        self.settle()
         lines = sorted((line for line in self.lines if line[0] == "score"), key=lambda line: line[1])
         starts = [line[1] for line in lines]
         if [*starts, nats.numel()] != [0, *(line[2] for line in lines)]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,12 @@ Product = Callable[[str, int, Tensor], Tensor]
 
 
 class Matrices(NamedTuple):
-    """What products multiply by, a matrix a physical layer; the scales of attention and MLP are in o and down."""
+    """What the ops of a forward pass multiply by, a matrix a physical layer: tensors, or whatever those ops know."""
 
-    qkv: Sequence[Tensor]  # ((H + 2 G) d, D): rows of q, then k, then v
-    o: Sequence[Tensor]  # (D, D)
-    up: Sequence[Tensor]  # (F, D)
-    down: Sequence[Tensor]  # (D, F)
+    qkv: Sequence[Any]  # ((H + 2 G) d, D): rows of q, then k, then v
+    o: Sequence[Any]  # (D, D), rows times attn_scale
+    up: Sequence[Any]  # (F, D)
+    down: Sequence[Any]  # (D, F), rows times mlp_scale
 
 
 def orthogonal_(bank: Tensor, generator: torch.Generator | None = None) -> None:
@@ -119,10 +119,15 @@ class GPT(nn.Module):
         depth: Sequence[int],  # physical index of each virtual layer
         rotary: tuple[Tensor, Tensor],  # of self.rotary(T)
         tap: Tap | None = None,
-    ) -> Tensor:  # (B, T, D)
-        """Normalised output of the last layer: what the head multiplies."""
+        last: int | None = None,  # how many positions of each row are wanted, from its end; default: all
+        matrices: Matrices | None = None,  # default: self.matrices()
+    ) -> Tensor:  # (B, last, D)
+        """Normalised output of the last layer: what the head multiplies.
+
+        The last layer is only worked out where it is wanted; of the other positions it takes keys and values.
+        """
         config, ops, dtype = self.config, self.ops, self.dtype
-        qkv, o, up, down = self.matrices()
+        qkv, o, up, down = matrices or self.matrices()
         mix, gain = self.resid_mix.unbind(), self.q_gain.unbind()
         skips = list(zip(self.skip_weights.unbind(), self.skip_gates.unbind(), strict=True))
 
@@ -141,7 +146,11 @@ class GPT(nn.Module):
             heads, x, x0, before = ops.attention_input(x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale)
             if 0 < virtual < half:
                 saved.append(before)
-            y = ops.attention(heads, config.num_kv_heads, mask).flatten(2)
+            if last and last < tokens.size(1) and virtual == len(depth) - 1:
+                x = x[:, -last:].contiguous()
+                y = reference.attention_tail(heads, config.num_kv_heads, last, starts).flatten(2)
+            else:
+                y = ops.attention(heads, config.num_kv_heads, mask).flatten(2)
             if tap:
                 tap("qkv", i, reference.rms_norm(x, layer_scale))
                 tap("o", i, y)
@@ -176,11 +185,11 @@ class GPT(nn.Module):
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:  # (B, N) float32
         """Cross-entropy in nats of each of the last N positions of every row."""
-        x = self.hidden(tokens, depth, rotary)[:, -targets.size(1) :]
+        x = self.hidden(tokens, depth, rotary, last=targets.size(1))
         weight = self.embedding().to(self.dtype)
         return self.ops.linear_cross_entropy(x, weight, targets, self.config.logit_softcap, reduction="none")
 
     def logits(self, tokens: Tensor, depth: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:  # (B, V) float32
         """Softcapped logits of the last position of every row."""
-        x = self.hidden(tokens, depth, rotary)[:, -1]
+        x = self.hidden(tokens, depth, rotary, last=1)[:, -1]
         return reference.logits(x, self.embedding().to(self.dtype), self.config.logit_softcap)

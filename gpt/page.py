@@ -21,16 +21,18 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616; --soft: #999; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+h1, h2 { overflow-wrap: anywhere; } h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .15rem .9rem .15rem 0; text-align: right; border-bottom: 1px solid var(--line); font-weight: normal; }
 th { color: var(--soft); } td:first-child, th:first-child { text-align: left; }
-svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+.wide { overflow-x: auto; } .wide svg { width: 100%; min-width: 34rem; height: auto; display: block; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+.long td { overflow-wrap: anywhere; }
 .bad { background: #b00020; color: #fff; padding: .6rem .9rem; font-weight: bold; } .soft { color: var(--soft); }
 code { font-size: .9em; word-break: break-all; }
 """
 COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa7700", "#7755aa", "#44aaaa")
-WIDTH, LEFT, RIGHT, BOTTOM = 860, 62, 12, 40
+WIDTH, LEFT, RIGHT, BOTTOM, TOP = 860, 62, 12, 40, 26
 
 Points = Sequence[tuple[float, float]]
 STAGES = {
@@ -51,8 +53,8 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 def _svg(height: int, parts: Iterable[str], title: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
-        f"{''.join(parts)}</svg>"
+        f'<div class="wide"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>{''.join(parts)}</svg></div>"
     )
 
 
@@ -71,7 +73,7 @@ def chart(series: dict[str, Points], x_label: str, y_label: str, height: int = 3
 
     def at(x: float, y: float) -> tuple[float, float]:
         across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), 8 + (1 - up) * (height - BOTTOM - 8)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (1 - up) * (height - BOTTOM - TOP)
 
     parts = []
     for x in ticks(x0, x1):
@@ -82,14 +84,14 @@ def chart(series: dict[str, Points], x_label: str, y_label: str, height: int = 3
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="var(--line)"/>',
             _text(LEFT - 6, level + 4, f"{y:.6g}", "end"),
         ]
-    parts += [_text((LEFT + WIDTH) / 2, height - 6, x_label), _text(4, 14, y_label, "start")]
+    parts += [_text((LEFT + WIDTH) / 2, height - 6, x_label), _text(0, 12, y_label, "start")]
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (at(*point) for point in line))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         if len(series) > 1:
             parts.append(
-                f'<text x="{WIDTH - RIGHT - 6}" y="{22 + 16 * number}" text-anchor="end" style="fill:{colour}">'
+                f'<text x="{WIDTH - RIGHT - 6}" y="{TOP + 16 + 16 * number}" text-anchor="end" style="fill:{colour}">'
                 f"{escape(name)}</text>"
             )
     return _svg(height, parts, f"{y_label} by {x_label}")
@@ -136,12 +138,37 @@ def bar(parts: dict[str, float], limit: float, unit: str) -> str:
     return _svg(60, drawn, f"{total:,.0f} of {limit:,.0f} {unit}")
 
 
-def rows(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+def rows(header: Sequence[str], lines: Iterable[Sequence[Any]], kind: str = "wide") -> str:
+    """A table that scrolls in a narrow window or, of kind "long", breaks its words there."""
+
     def cells(tag: str, values: Sequence[Any]) -> str:
         return "".join(f"<{tag}>{escape(str(value))}</{tag}>" for value in values)
 
     body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
-    return f"<table><tr>{cells('th', header)}</tr>{body}</table>"
+    return f"<div class={kind}><table><tr>{cells('th', header)}</tr>{body}</table></div>"
+
+
+def parts_of_a_step(measured: dict[str, dict[str, float]]) -> str:
+    """{layers: {part: ms}} as a bar for each number of layers, all on one scale, and a table."""
+    if not measured:
+        return "<p class=soft>not measured</p>"
+    longest = max(sum(parts.values()) for parts in measured.values())
+    scale, drawn, names = (WIDTH - LEFT - RIGHT) / longest, [], list(next(iter(measured.values())))
+    for line, (layers, parts) in enumerate(measured.items()):
+        x, y = float(LEFT), 24 + 30 * line
+        drawn.append(_text(LEFT - 6, y + 15, f"{layers} layers", "end"))
+        for number, (name, ms) in enumerate(parts.items()):
+            drawn.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{ms * scale:.1f}" height="22" fill="{COLOURS[number % 6]}">'
+                f"<title>{escape(name)}: {ms:.2f} ms</title></rect>"
+            )
+            x += ms * scale
+    for number, name in enumerate(names):
+        drawn.append(f'<text x="{LEFT + 180 * number}" y="14" style="fill:{COLOURS[number % 6]}">{escape(name)}</text>')
+    head = ("ms, each part waited for", *(f"{layers} layers" for layers in measured))
+    table = [(name, *(f"{parts[name]:.2f}" for parts in measured.values())) for name in names]
+    table.append(("sum", *(f"{sum(parts.values()):.2f}" for parts in measured.values())))
+    return _svg(26 + 30 * len(measured), drawn, "parts of a step") + rows(head, table)
 
 
 def _scores(summary: dict[str, Any], more: dict[str, dict[str, Any]]) -> str:
@@ -239,7 +266,7 @@ def page(path: Path, against: Path | None = None) -> str:
     changes = _differences(config, other)
     body = [
         f"<h1>{escape(path.resolve().name)}</h1>{leak}",
-        rows(("run", ""), facts),
+        rows(("run", ""), facts, "long"),
         "<h2>Scores</h2>",
         _scores(summary, more),
         "<h2>Loss</h2>",
@@ -247,13 +274,15 @@ def page(path: Path, against: Path | None = None) -> str:
         chart({"rate": rate}, "step", "learning-rate factor", 150),
         "<h2>Time of a step</h2>",
         histogram(times, "ms a step, between logged steps"),
+        "<h2>Parts of a step</h2>",
+        parts_of_a_step(json.loads((path / "parts.json").read_text()) if (path / "parts.json").is_file() else {}),
         "<h2>Size</h2>",
         bar(sizes, ARTIFACT_LIMIT, "bytes"),
         rows(("part", "bytes"), [(name, f"{size:,}") for name, size in (*sizes.items(), ("sum", sum(sizes.values())))]),
         "<h2>Ledgers</h2>",
         _ledgers(path, {"summary": summary, **more}),
         f"<h2>Settings that differ from {escape(beside)}</h2>",
-        rows(("setting", "this run", beside), changes) if changes else "<p>none</p>",
+        rows(("setting", "this run", beside), changes, "long") if changes else "<p>none</p>",
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

@@ -4,7 +4,7 @@ config.json          the full configuration            metrics.jsonl        one 
 environment.json     versions, GPU, git commit          curves.png           loss and learning rate
 checkpoint.pt        weights, optimizer, EMA, position  summary.json         what the run ended with
 model.pga            the artifact                       *.ledger.gz          how each score came about
-report.html          all of it on one page
+report.html          all of it on one page              parts.json           milliseconds of a step's parts
 """
 
 from __future__ import annotations

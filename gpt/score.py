@@ -5,10 +5,18 @@ window scores all its targets, each later one its last `stride` targets, so a to
 context - stride tokens before it, where there are as many. With stride == context the rows do not overlap: plain
 scoring. Smaller strides are sliding scoring. Documents need no care here: a model with a document mask finds their
 starts by itself, from BOS. gpt/ttt.py scores in the same windows with weights that learn on the way.
+
+What is shared, exactly: a target's document may begin within its window, and then nothing before that reaches it, so
+that every window from there on gives it the same probability (rotary knows distances alone). Where documents are masked
+such targets are scored once, in rows that documents are packed into, and windows are left for those further than a
+window into their document. Between windows that begin inside of a document nothing can be shared but the first layer's
+product: from there on every position knows how far back its window reaches. What each window leaves out is the last
+layer of the positions that it does not score (`GPT.hidden`).
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +93,12 @@ def validation_text(tokens: NDArray[np.uint16], table: ByteTable, device: torch.
     return ValidationText(moved, lengths)
 
 
+def moved(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on a device, without waiting for what that is at."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class TokenLog:
     """Nats of every target on the device, and how often each was scored."""
 
@@ -111,12 +125,31 @@ class TokenLog:
         return nats
 
 
+Span = tuple[int, int, int]  # (begin, scored, end): tokens begin..end-1 of a row, targets scored..end-1 of them
+
+
+def rows_of_documents(spans: Sequence[Span], context: int) -> list[list[Span]]:
+    """Pack spans of at most `context` tokens into few rows: longest first, each where the least space is left over."""
+    rows: list[list[Span]] = []
+    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for span in sorted(spans, key=lambda span: span[0] - span[2]):
+        size = span[2] - span[0]
+        place = bisect.bisect_left(space, (size, -1))
+        free, row = space.pop(place) if place < len(space) else (context, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(span)
+        if free > size:
+            bisect.insort(space, (free - size, row))
+    return rows
+
+
 class Windows:
     """Scores ranges of targets in windows, into a log; each rank takes windows in turn.
 
-    One forward pass has at most batch_tokens // context windows, padded, so that there is one shape to compile, and a
-    second one for the first window of sliding scoring. segment: targets of the longest range that will be asked for.
-    Raises ValueError where the stride is not one of 1..context.
+    One forward pass has at most batch_tokens // context windows. Where graphs are compiled it is padded, so that there
+    is one shape to compile for windows, and a second one for whole rows. segment: targets of the longest range that
+    will be asked for. Raises ValueError where the stride is not one of 1..context.
     """
 
     def __init__(
@@ -140,7 +173,11 @@ class Windows:
         share = math.ceil(math.ceil((segment or text.targets) / stride) / ranks.world_size)
         passes = math.ceil(share / max(1, batch_tokens // context))
         self.rows = math.ceil(share / passes)  # with as little padding as can be
+        self.padded = "compiled" in model.ops.names.values()
         self.rotary = model.rotary(context)
+        self.documents = None  # first token of each, where windows share them; the text's own first token begins one
+        if model.config.document_mask and stride < context:
+            self.documents = np.union1d(0, (text.tokens == BOS).nonzero().flatten().cpu().numpy())
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -162,22 +199,61 @@ class Windows:
         """
         if first and first + self.stride < self.context:
             raise ValueError(f"targets from {first} on: wanted 0, or at least {self.context - self.stride}")
-        whole = first == 0 and self.stride < self.context
-        if whole and self.ranks.main:
-            self._add([0], self.context, last)
-        groups = range(self.context if whole else first, last, self.stride)[self.ranks.rank :: self.ranks.world_size]
-        for begin in range(0, len(groups), self.rows):
-            self._add(groups[begin : begin + self.rows], self.stride, last)
+        whole = min(self.context, last) if first == 0 and self.stride < self.context else first
+        groups = np.arange(whole, last, self.stride)
+        rows = [[(0, 0, whole)]] if whole > first else []
+        if self.documents is not None:
+            alone, spans = self._shared(self.documents, first, whole, last)
+            groups, rows = groups[alone], rows_of_documents(spans, self.context)
+        mine = slice(self.ranks.rank, None, self.ranks.world_size)
+        rows, groups = rows[mine], groups[mine]
+        for begin in range(0, len(rows), self.rows):
+            self._add_rows(rows[begin : begin + self.rows])
+        for batch in np.array_split(groups, math.ceil(groups.size / self.rows)) if groups.size else ():
+            self._add_windows(batch, last)
 
-    def _add(self, groups: Sequence[int], scored: int, last: int) -> None:
-        """Score groups of targets, by their first; each is what its window ends with."""
+    def _shared(
+        self, documents: NDArray[np.int64], first: int, whole: int, last: int
+    ) -> tuple[NDArray[np.bool_], list[Span]]:
+        """Which groups of targets from `whole` on need a window of their own; spans of documents with all others."""
+        places = np.arange(first, last)
+        of = np.searchsorted(documents, places, side="right") - 1
+        # A group's first target is in the earliest of its documents: where that begins in the window, all do.
+        begins = np.arange(whole, last, self.stride) + self.stride - self.context
+        alone = documents[of[whole - first :: self.stride]] < begins
+        free = np.ones(last - first, dtype=bool)
+        free[whole - first :] = ~alone.repeat(self.stride)[: last - whole]
+        places, of = places[free], of[free]
+        cuts = np.flatnonzero((np.diff(places) > 1) | (np.diff(of) > 0)) + 1
+        heads, tails = np.append(0, cuts), np.append(cuts, places.size)
+        spans = zip(documents[of[heads]], places[heads], places[tails - 1] + 1, strict=True) if places.size else ()
+        return alone, [(int(begin), int(scored), int(end)) for begin, scored, end in spans]
+
+    def _add_rows(self, rows: Sequence[Sequence[Span]]) -> None:
+        """Score whole rows: of every span the targets from `scored` on."""
+        shape = self.rows if self.padded else len(rows), self.context
+        index, wanted = np.full(shape, -1), np.zeros(shape, dtype=bool)
+        for number, spans in enumerate(rows):
+            place = 0
+            for begin, scored, end in spans:
+                index[number, place : place + end - begin] = np.arange(begin, end)
+                wanted[number, place + scored - begin : place + end - begin] = True
+                place += end - begin
+        targets = moved(index, self.ranks.device)
+        # What a row is filled up with comes last: causality hides it.
+        inputs = torch.where(targets < 0, BOS, self.text.tokens[targets.clamp_min(0)].long())
+        nats = self.losses(inputs, self.text.tokens[targets + 1].long(), self.depth, self.rotary)
+        self.log.put(targets, moved(wanted, self.ranks.device), nats)
+
+    def _add_windows(self, groups: NDArray[np.int64], last: int) -> None:
+        """Score groups of `stride` targets, by their first; each is what its window ends with."""
         count = self.text.targets
-        padding = [last] * (self.rows - len(groups))
-        index = torch.tensor([*groups, *padding]).to(self.ranks.device, non_blocking=True)[:, None]
+        padding = np.full(self.rows - groups.size if self.padded else 0, last)
+        index = moved(np.append(groups, padding), self.ranks.device)[:, None]
         ahead = torch.arange(self.context, device=self.ranks.device)
-        targets = index + ahead[:scored]
-        # Whatever is read instead of what lies past the end comes after every scored position: causality hides it.
-        inputs = self.text.tokens[(index + scored - self.context + ahead).clamp_max(count)].long()
+        targets = index + ahead[: self.stride]
+        # Whatever is read instead of what lies past the end comes after every scored position.
+        inputs = self.text.tokens[(index + self.stride - self.context + ahead).clamp_max(count)].long()
         nats = self.losses(inputs, self.text.tokens[(targets + 1).clamp_max(count)].long(), self.depth, self.rotary)
         self.log.put(targets, targets < last, nats)
 

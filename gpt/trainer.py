@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt.capture import micro_step
-from gpt.clock import Clock, StepReport
+from gpt.clock import Clock, StepReport, Stopwatch
 from gpt.config import Config
 from gpt.data import TrainLoader
 from gpt.distributed import Ranks, sigterm
@@ -63,15 +63,17 @@ class Trainer:
     def warm_up(self) -> float:
         """Run each depth on random tokens, so that everything is compiled and allocated, and restore the state.
 
-        Returns the seconds it took, which are not on the clock.
+        Returns the seconds it took, which are not on the clock. Each depth's last step is taken apart: parts.json.
         """
         config, begin = self.config, time.perf_counter()
         if config.warmup_steps == 0:
             return 0.0
         weights = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator(self.ranks.device).manual_seed(config.seed)
+        parts: dict[str, dict[str, float]] = {}
         for depth in dict.fromkeys((config.depth(False), config.depth_at(config.iterations))):
             for _ in range(config.warmup_steps):
+                part = Stopwatch(self.ranks.device)
                 for micro in range(self.accumulation):
                     first, end = config.rows(self.ranks.rank, self.ranks.world_size, micro)
                     tokens = torch.randint(
@@ -81,7 +83,11 @@ class Trainer:
                         device=self.ranks.device,
                     )
                     self._backward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depth, micro)
+                part.lap("forward and backward")
                 self.optimizer.step(0, 1.0)
+                part.lap("optimizer")
+                parts[str(len(depth))] = part.ms  # of the last one
+        self.run.write_json("parts.json", parts)
         collect_hessians(self.model, depth, [tokens[:, :-1].contiguous()], self.ranks)  # calibration is on the clock
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters(), weights, strict=True):

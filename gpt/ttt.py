@@ -25,17 +25,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
+from torch.optim.adam import adam
 
+from gpt.adapters import Adapters
 from gpt.config import BOS, Config, ConfigError
 from gpt.data import held_out_rows, load_validation, rows_of
 from gpt.distributed import Ranks
-from gpt.ledger import Ledger, fingerprint
-from gpt.model import BANKS, GPT
-from gpt.score import Score, TokenLog, ValidationText, Windows, finished
-from kernels import select
+from gpt.ledger import Ledger, Version, fingerprint
+from gpt.model import GPT
+from gpt.score import Score, TokenLog, ValidationText, Windows, finished, moved
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,11 @@ class Document:
     lr: float = 1e-4
     beta1: float = 0.0
     beta2: float = 0.999
-    documents: int = 32  # side by side on one rank
+    documents: int = 64  # side by side on one rank; about 1 GiB each, at a context of 2048
     seed: int = 0
 
 
 Form = Chunk | Document | Phased
-FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 FORMS: dict[str, type[Form]] = {form.name: form for form in (Chunk, Document, Phased)}
 
 
@@ -179,7 +177,7 @@ class _Trainer:
 
     def _step(self, rows: list[int], lr: float) -> None:
         ahead = torch.arange(self.context + 1, device=self.ranks.device)
-        tokens = self.text.tokens[torch.tensor(rows, device=self.ranks.device)[:, None] + ahead]
+        tokens = self.text.tokens[moved(np.array(rows), self.ranks.device)[:, None] + ahead]
         _mean_gradient(self.loss, self.weights, tokens, self.depth, self.rotary, self.ranks, self.micro)
         if self.form.clip:
             torch.nn.utils.clip_grad_norm_(self.weights, self.form.clip)
@@ -249,15 +247,16 @@ def _stream(
         model, text, depth, ranks, context=context, stride=stride, batch_tokens=batch_tokens, segment=longest
     )
     weights = list(model.parameters())
-    saved = [(weight.detach().clone(), weight.requires_grad) for weight in weights]
+    saved, ops = [(weight.detach().clone(), weight.requires_grad) for weight in weights], model.ops
     try:
         model.requires_grad_(True)
+        model.ops = ops.reproducible()
         trainer = _Trainer(model, text, depth, ranks, form, context, batch_tokens)
         windows.warm_up()
         trainer.warm_up()
         begin = time.perf_counter()
         ledger = Ledger(fingerprint(weights))
-        version = ledger.base
+        version: Version = ledger.base
         for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
             windows.score(start, end)
             ledger.scored_in_lines(start, end, version)
@@ -268,9 +267,10 @@ def _stream(
             else:
                 factor, first = 1.0, 0
             last = trainer.train(first, end, form.lr * factor, decay=isinstance(form, Phased))
-            version = ledger.trained(first, last, version, int(fingerprint(weights)))
+            version = ledger.trained(first, last, version, ledger.fingerprints(fingerprint(weights)))
         return finished(windows.log, ledger, text, ranks, context, stride, form.name, begin, asdict(form))
     finally:
+        model.ops = ops
         with torch.no_grad():
             for weight, (value, trainable) in zip(weights, saved, strict=True):
                 weight.copy_(value)
@@ -281,127 +281,56 @@ def _stream(
 # An adapter a document.
 
 
-class _Losses(nn.Module):
-    """model.losses as a module's forward, which functional_call wants."""
-
-    def __init__(self, model: GPT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor, depth: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        return self.model.losses(tokens, targets, depth, rotary)
-
-
-class _Adapters:
-    """A model with an adapter for each of n documents: rows of one batch go through weights of their own.
-
-    The plain form: every document's whole matrices W + B A are made, and the model itself runs under vmap. Each bank
-    has pairs A (n, matrices, rank, columns), B (n, matrices, rows, rank).
-    """
+class _Documents:
+    """Documents side by side, a row each, with adapters of their own."""
 
     def __init__(self, model: GPT, depth: Sequence[int], form: Document) -> None:
-        # Every row is of one document and the batch dimension is vmap's own: no mask, and ops that vmap can read.
-        config = model.config.model_copy(update={"document_mask": False})
-        device = model.tok_emb.device
-        with torch.device("meta"):
-            plain = GPT(config, select("reference", device), model.dtype)
-        plain.load_state_dict({name: value.detach() for name, value in model.state_dict().items()}, assign=True)
-        self.losses, self.depth, self.form = _Losses(plain.requires_grad_(False)), depth, form
-        layers = config.num_layers
-        # Matrices of each bank that learn: keys (without queries and values), output projections, the whole MLP.
-        self.parts = {
-            "kv_bank": slice(0, layers),
-            "qo_bank": slice(layers, 2 * layers),
-            "mlp_up_bank": slice(None),
-            "mlp_down_bank": slice(None),
-        }
-        self.banks = {name: getattr(plain, name) for name in BANKS}
-        generator = torch.Generator().manual_seed(form.seed)
-        self.start = {}
-        for name, part in self.parts.items():
-            count, rows, columns = self.banks[name][part].shape
-            a = torch.randn(count, form.rank, columns, generator=generator) * columns**-0.5
-            self.start[f"{name}.a"], self.start[f"{name}.b"] = (
-                a.to(device),
-                torch.zeros(count, rows, form.rank).to(device),
-            )
-        self._score = vmap(self._nats, in_dims=(0, 0, 0, None))
-        self._train = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, None))
-        # The CPU's fused attention has no rule for vmap.
-        self._attention = [SDPBackend.MATH] if device.type == "cpu" else list(FUSED)
-
-    def _nats(
-        self, adapter: dict[str, Tensor], tokens: Tensor, targets: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """(N,) nats of the last targets of one row (T,)."""
-        weights = {}
-        for name, part in self.parts.items():
-            bank, change = self.banks[name], adapter[f"{name}.b"] @ adapter[f"{name}.a"]
-            whole = bank[part] + self.form.scale * change
-            begin, end, _ = part.indices(bank.size(0))
-            weights[f"model.{name}"] = torch.cat((bank[:begin], whole, bank[end:]))
-        arguments = (tokens[None], targets[None], self.depth, rotary)
-        nats: Tensor = functional_call(self.losses, weights, arguments)[0]
-        return nats
-
-    def _loss(
-        self, adapter: dict[str, Tensor], tokens: Tensor, targets: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        nats = self._nats(adapter, tokens, targets, rotary)
-        return nats.mean(), nats.detach()
+        self.adapters, self.depth, self.form = Adapters(model, form.rank, form.scale, form.seed), depth, form
 
     def run(
         self, text: ValidationText, documents: list[tuple[int, int]], context: int, log: TokenLog, ledger: Ledger
     ) -> None:
-        """Score documents, given as ranges of targets, those with more pieces first; a piece trains once scored."""
-        form, size = self.form, self.form.tokens
-        rotary_of = self.losses.model.rotary
-        device = text.tokens.device
-        adapters = {name: value.expand(len(documents), *value.shape).clone() for name, value in self.start.items()}
-        first_moment, second_moment = (
-            {name: torch.zeros_like(value) for name, value in adapters.items()} for _ in range(2)
-        )
-        versions = [ledger.base] * len(documents)
-        begins = torch.tensor([begin for begin, _ in documents], device=device)[:, None]
-        ends = torch.tensor([end for _, end in documents], device=device)[:, None]
+        """Score documents, given as ranges of targets, those with more pieces first; a piece trains once scored.
+
+        All have the same piece at a time, so that rows are of one length; nothing waits for the device.
+        """
+        form, size, device = self.form, self.form.tokens, text.tokens.device
+        learning = {name: x.expand(len(documents), *x.shape).clone() for name, x in self.adapters.start.items()}
+        moments = [{name: torch.zeros_like(x) for name, x in learning.items()} for _ in range(2)]
+        steps = [torch.zeros((), device=device) for _ in learning]
+        versions: list[Version] = [ledger.base] * len(documents)
+        begins, ends = moved(np.array(documents).T.copy(), device)[..., None]
         pieces = [-(-(end - begin) // size) for begin, end in documents]
         for piece in range(pieces[0]):
             scored = sum(count > piece for count in pieces)
             trained = sum(count > piece + 1 for count in pieces)
-            # A row ends with the piece and begins with its document, or `context` before the row's end.
-            offset = max(0, (piece + 1) * size - context)
-            ahead = torch.arange(offset, (piece + 1) * size, device=device)
+            targets = begins[:scored] + torch.arange(piece * size, (piece + 1) * size, device=device)
+            ahead = torch.arange(max(0, (piece + 1) * size - context), (piece + 1) * size, device=device)
+            # Past the text's end: whatever is there comes after every position that counts.
             inputs = text.tokens[(begins[:scored] + ahead).clamp_max(text.targets)].long()
-            targets = begins[:scored] + ahead[-size:]
             wanted = text.tokens[(targets + 1).clamp_max(text.targets)].long()
-            rotary = rotary_of(ahead.numel())
-            nats = torch.empty(targets.shape, device=device)
-            if scored > trained:  # the last piece of these
-                rest = {name: value[trained:scored] for name, value in adapters.items()}
-                with sdpa_kernel(self._attention):
-                    nats[trained:] = self._score(rest, inputs[trained:], wanted[trained:], rotary).float()
-            if trained:
-                learning = {name: value[:trained] for name, value in adapters.items()}
-                with sdpa_kernel(self._attention):
-                    gradients, (_, found) = self._train(learning, inputs[:trained], wanted[:trained], rotary)
-                nats[:trained] = found.float()
+            now = {name: x[:scored].detach().requires_grad_(trained > 0) for name, x in learning.items()}
+            with torch.set_grad_enabled(trained > 0):
+                nats = self.adapters.losses(now, inputs, wanted, self.depth)
             log.put(targets, targets < ends[:scored], nats)
             for index in range(scored):
                 begin = documents[index][0] + piece * size
                 ledger.scored(begin, min(begin + size, documents[index][1]), versions[index])
             if not trained:
                 continue
-            for name, gradient in gradients.items():  # Adam
-                m, v = first_moment[name][:trained], second_moment[name][:trained]
-                m.lerp_(gradient, 1 - form.beta1)
-                v.lerp_(gradient.square(), 1 - form.beta2)
-                step = m / (1 - form.beta1 ** (piece + 1))
-                scale = (v / (1 - form.beta2 ** (piece + 1))).sqrt_().add_(1e-8)
-                adapters[name][:trained] -= form.lr * step / scale
-            prints = fingerprint([value[:trained] for value in adapters.values()], batched=True).tolist()
-            for index, print_of_weights in enumerate(prints):
+            gradients = torch.autograd.grad(nats[:trained].mean(1).sum(), list(now.values()))
+            with torch.no_grad():
+                first, second = ([moment[name][:trained] for name in learning] for moment in moments)
+                weights = [x[:trained] for x in learning.values()]
+                adam(
+                    weights, [gradient[:trained] for gradient in gradients], first, second, [], steps, fused=True,
+                    amsgrad=False, beta1=form.beta1, beta2=form.beta2, lr=form.lr, weight_decay=0.0, eps=1e-8,
+                    maximize=False,
+                )  # fmt: skip
+                prints = ledger.fingerprints(fingerprint(weights, batched=True))
+            for index in range(trained):
                 begin = documents[index][0] + piece * size
-                versions[index] = ledger.trained(begin, begin + size, versions[index], print_of_weights)
+                versions[index] = ledger.trained(begin, begin + size, versions[index], prints + index)
 
 
 def documents_of(text: ValidationText) -> list[tuple[int, int]]:
@@ -411,7 +340,6 @@ def documents_of(text: ValidationText) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in itertools.pairwise(edges) if begin < end]
 
 
-@torch.no_grad()
 def _documents(
     model: GPT,
     text: ValidationText,
@@ -423,22 +351,22 @@ def _documents(
     if form.tokens > context:
         raise ConfigError(f"pieces of {form.tokens} tokens: wanted at most the context, {context}")
     documents = sorted(documents_of(text), key=lambda d: d[0] - d[1])
-    adapters = _Adapters(model, depth, form)
+    adapters = _Documents(model, depth, form)
     log = TokenLog(text.targets, ranks.device)
-    if ranks.device.type == "cuda":  # allocate and tune, on random tokens
-        size = 2 * context
+    if ranks.device.type == "cuda":  # every kernel and length, of two documents and of one, on random tokens
+        size = context + form.tokens
         tokens = torch.randint(model.config.vocab_size, (size + 1,), device=ranks.device, dtype=torch.int32)
         noise = ValidationText(tokens, torch.ones(size, dtype=torch.int16, device=ranks.device))
-        # Each is the same noise; what the log and the ledger of it say is thrown away.
-        adapters.run(
-            noise, [(0, size)] * form.documents, context, TokenLog(size, ranks.device), Ledger(torch.tensor(0))
-        )
+        # Both are the same noise; what the log and the ledger of it say is thrown away.
+        log_of_noise, ledger_of_noise = TokenLog(size, ranks.device), Ledger(torch.tensor(0))
+        adapters.run(noise, [(0, size), (0, context)], context, log_of_noise, ledger_of_noise)
         torch.cuda.synchronize()
     begin = time.perf_counter()
     ledger = Ledger(fingerprint(model.parameters()))
     batches = [documents[i : i + form.documents] for i in range(0, len(documents), form.documents)]
     for batch in batches[ranks.rank :: ranks.world_size]:
         adapters.run(text, batch, context, log, ledger)
+    ledger.settle()
     ledger.lines = [line for lines in ranks.gather(ledger.lines) for line in lines]
     return finished(log, ledger, text, ranks, context, form.tokens, form.name, begin, asdict(form))
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from shutil import which
 from types import ModuleType
 from typing import Any
@@ -77,6 +78,12 @@ class Ops:
             if not met and ops & chosen:
                 names = ", ".join(sorted(ops & chosen))
                 raise KernelError(f"{found}: the Triton kernels of {names} want {wanted}; or kernels=compiled")
+
+    def reproducible(self) -> Ops:
+        """These, with gradients summed in a fixed order where they are not: again is the same, to the bit."""
+        if self.names["attention"] != "triton":
+            return self
+        return replace(self, attention=partial(self.attention, deterministic=True))
 
     def describe(self) -> str:
         """One line an op: its name and the implementation in use."""

@@ -184,6 +184,29 @@ def attention_qkv(
     return attention(q, k, v, mask)
 
 
+def attention_tail(
+    qkv: Tensor,  # (B, T, H + 2 G, D): q heads, then k, then v
+    kv_heads: int,
+    count: int,  # N, at most T
+    starts: Tensor | None = None,  # (B, T) bool, True on the first token of a document
+) -> Tensor:  # (B, N, H, D)
+    """The last `count` queries of attention_qkv, over all keys: what a row needs of whose end alone is asked.
+
+    Queries that share a head of keys stand in one matrix, below each other, so that no backend has to know of groups.
+    """
+    q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    length, group = qkv.size(1), q.size(2) // kv_heads
+    rows = q[:, -count:].unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, group N, D)
+    mask = q.new_ones(count, length, dtype=torch.bool).tril(length - count)[None]
+    if starts is not None:
+        document = starts.cumsum(1)
+        mask = mask & (document[:, -count:, None] == document[:, None, :])
+    mask = mask.repeat(1, group, 1)[:, None]
+    y = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    y = y.unflatten(2, (group, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return exclusive(y, v[:, -count:])
+
+
 def cached_attention(
     qkv: Tensor,  # (T, H + 2 G, D) of a row's new tokens: rows of q, then k, then v, as the product gives them
     gain: Tensor,  # (H,)

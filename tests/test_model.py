@@ -153,7 +153,24 @@ def test_losses_are_those_of_the_mean_and_of_the_last_positions(ops: Ops) -> Non
     x, y, depth, rotary = tokens[:, :-1], tokens[:, 1:], config.depth(True), model.rotary(32)
     each = model.losses(x, y, depth, rotary)
     assert each.mean().item() == pytest.approx(model(x, y, depth, rotary).item(), rel=1e-6)
-    torch.testing.assert_close(model.losses(x, y[:, -5:], depth, rotary), each[:, -5:])
+    for count in (1, 5, 31):
+        torch.testing.assert_close(model.losses(x, y[:, -count:], depth, rotary), each[:, -count:])
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_the_last_layer_only_where_it_is_wanted(ops: Ops, document_mask: bool) -> None:
+    config = tiny(document_mask=document_mask, num_layers=3, recur_layers=(1,))
+    model = random_model(config, ops)
+    tokens = torch.randint(64, (3, 32), generator=torch.Generator().manual_seed(2))
+    tokens[:, 7], tokens[1, 29] = 1, 1
+    for depth in (config.depth(True), (0,)):
+        whole, gradients = model.hidden(tokens, depth, model.rotary(32)), []
+        for count in (1, 6, 31):
+            found = model.hidden(tokens, depth, model.rotary(32), last=count)
+            torch.testing.assert_close(found, whole[:, -count:])
+            for x in (found, whole[:, -count:]):
+                gradients.append(torch.autograd.grad(x.square().sum(), model.kv_bank, retain_graph=True)[0])
+            torch.testing.assert_close(*gradients[-2:])
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile wants a C++ compiler on a CPU")

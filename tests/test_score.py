@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt.data import ByteTable, DataError, token_bytes
-from gpt.score import Score, ValidationText, score, validation_text
+from gpt.score import Score, ValidationText, rows_of_documents, score, validation_text
 from tests.tiny import ALONE, CPU, Meeting, ThreadRanks, random_tokens, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,11 +67,13 @@ def counting(seen: list[int]) -> object:
     return losses
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize("stride", [3, 8, 16])
-def test_each_token_once_on_any_number_of_ranks(world_size: int, stride: int) -> None:
-    config = tiny_config()
+def test_each_token_once_on_any_number_of_ranks(world_size: int, stride: int, document_mask: bool) -> None:
+    config = tiny_config(document_mask=document_mask)
     model, text = tiny_model(config), text_of(random_tokens(150, VOCAB))
+    model.ops = replace(model.ops, names={"mlp": "compiled"})  # so that shapes matter
     meeting = Meeting(world_size)
     shapes: list[list[int]] = [[] for _ in range(world_size)]
 
@@ -93,6 +97,44 @@ def test_each_token_once_on_any_number_of_ranks(world_size: int, stride: int) ->
         assert result.bytes == int(text.lengths.sum())
     for seen in shapes:
         assert len(set(seen)) <= (2 if stride < 16 else 1)  # shapes to compile
+
+
+@pytest.mark.parametrize("lengths", [(5, 9, 3, 30, 2, 14, 1, 1, 40, 16), (3,) * 35, (105,)])
+def test_documents_share_rows(lengths: tuple[int, ...]) -> None:
+    """Windows of their own are left for targets that are further into their document than a window reaches."""
+    context, stride = 16, 4
+    tokens = torch.cat([torch.tensor([1] + [4 + i] * (n - 1)) for i, n in enumerate(lengths)])
+    config = tiny_config(document_mask=True)
+    model, depth = tiny_model(config), config.depth(True)
+    seen: list[tuple[int, int]] = []
+
+    def losses(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+        seen.append((x.size(0), y.size(1)))
+        return model.losses(x, y, *rest)
+
+    found = score(model, text_of(tokens), depth, ALONE, context=context, stride=stride, batch_tokens=64, losses=losses)
+    far = 0  # groups with a target that is so far into its document
+    start = torch.where(tokens == 1, torch.arange(tokens.numel()), 0).cummax(0).values
+    for group in range(context, tokens.numel() - 1, stride):
+        far += int((start[group : group + stride] < group + stride - context).any())
+    assert sum(rows for rows, scored in seen if scored == stride) == far
+    whole = sum(rows for rows, scored in seen if scored == context)
+    assert whole <= math.ceil(1.5 * sum(min(n, context) for n in lengths) / context) + 1
+    # The definition: every target in the first window of the grid that reaches it.
+    for i in range(tokens.numel() - 1):
+        begin = stride * math.ceil(max(0, i + 1 - context) / stride)
+        row = tokens[None, begin : i + 1]
+        wanted = model.losses(row, tokens[None, i + 1 : i + 2], depth, model.rotary(row.size(1))).detach()
+        assert abs(float(found.log[i]) - float(wanted)) < 2e-6 * max(1, float(wanted))
+
+
+def test_packing() -> None:
+    spans = [(0, 0, 10), (10, 12, 13), (20, 20, 36), (40, 40, 46), (50, 50, 53), (60, 60, 61)]
+    rows = rows_of_documents(spans, 16)
+    assert sorted(span for row in rows for span in row) == spans
+    assert all(sum(end - begin for begin, _, end in row) <= 16 for row in rows)
+    assert len(rows) == 3  # 10 + 6, 16, 3 + 3 + 1
+    assert rows_of_documents([], 16) == []
 
 
 def test_bytes_are_those_of_the_whole_text() -> None:

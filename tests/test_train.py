@@ -133,6 +133,7 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
         "checkpoint.pt",
         "curves.png",
         "model.pga",
+        "parts.json",
         "summary.json",
         "summary-ema.ledger.gz",
         "summary-artifact.ledger.gz",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from gpt import preflight
 from gpt.config import BOS, ConfigError
+from gpt.distributed import Ranks
 from gpt.ledger import LedgerError, audit, read, tokens_sha256, write
 from gpt.model import GPT
-from gpt.score import Score, score
+from gpt.score import Score, score, validation_text
 from gpt.ttt import SGD, Document, adapt, documents_of, fine_tune, parse_form
+from kernels import select
 from tests.test_score import TABLE, text_of
 from tests.tiny import ALONE, Meeting, ThreadRanks, random_tokens, tiny_config, tiny_model
 
@@ -286,3 +290,37 @@ def test_a_leak_has_to_be_allowed() -> None:
     assert tiny_config(pre_quant="validation", allow_leak=True).leaking
     assert not tiny_config(pre_quant="train", allow_leak=True).leaking
     assert issubclass(LedgerError, ValueError)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_nothing_waits_for_the_device(name: str, document_mask: bool) -> None:
+    """More text, no more waiting: what there is of it is before the first window and after the last."""
+    device = torch.device("cuda")
+    config = tiny_config(document_mask=document_mask, model_dim=64, rope_dims=8)
+    model = tiny_model(config).to(device)
+    model.ops, model.dtype = select("auto", device), torch.bfloat16
+    settings: dict[str, Any] = {"context": CONTEXT, "stride": 4, "batch_tokens": 64}
+    ranks, form, depth = Ranks(0, 1, device), FORMS[name], config.depth(True)
+
+    def waits(count: int) -> list[str]:
+        tokens = preflight.text_with_documents(count, VOCAB, torch.Generator().manual_seed(3))
+        text = validation_text(tokens.numpy().astype(np.uint16), TABLE, device)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if form.isdigit():
+                    score(model, text, depth, ranks, **settings | {"stride": int(form)})
+                else:
+                    adapt(
+                        model, text, depth, ranks, parse_form(form.replace("documents=3", "documents=64")), **settings
+                    )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+
+    waits(300)  # compiles
+    few, many = waits(300), waits(900)
+    assert len(few) == len(many), many
