@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,11 +75,11 @@ class Captured:
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             loss, gradients = self._run(tokens, targets, depth, weight)
             if held:
-                torch._foreach_add_(held, list(gradients))
-        return _Graph(graph, tokens, targets, loss, held or [gradient.contiguous() for gradient in gradients])
+                torch._foreach_add_(held, gradients)
+        return _Graph(graph, tokens, targets, loss, held or gradients)
 
     def _run(
         self, tokens: Tensor, targets: Tensor, depth: tuple[int, ...], weight: float
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         loss: Tensor = self.model(tokens, targets, depth, self.rotary) * weight
-        return loss.detach(), torch.autograd.grad(loss, self.parameters)
+        return loss.detach(), [g.contiguous() for g in torch.autograd.grad(loss, self.parameters)]
