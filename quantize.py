@@ -173,7 +173,10 @@ def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str
 def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
-    model = artifact.packed_model(select(arguments.kernels, ranks.device), ranks.device, ranks.dtype)
+    ops = select(arguments.kernels, ranks.device)
+    # The reference would dequantise every matrix for every token.
+    build = artifact.packed_model if ops.names["int6_linear"] == "triton" else artifact.model
+    model = build(ops, ranks.device, ranks.dtype)
     prompt = tokenizer.encode(arguments.prompt)
     tokens = generate(
         model,

@@ -391,11 +391,12 @@ def phases(workload: Workload, name: str) -> dict[str, Callable[[], Any]]:
 
 def replayed(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Callable[[], Any], bool]:
     """`call` as a CUDA graph, whose time is the device's alone, and True; as it is, where it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, stream=stream):
             call()
     except Exception as failure:
+        torch.cuda.set_stream(before)  # a capture that failed may have left its own
         torch.cuda.synchronize()
         print(f"not captured: {type(failure).__name__}: {str(failure)[:100]}")
         return call, False

@@ -121,42 +121,42 @@ def measure_products(rows: int, measured: dict[str, float]) -> list[dict[str, An
         spacer = 0.0
         if rows <= 64:
             spacer = statistics.median(graph_ms(torch.zeros(1, device=DEVICE).fill_, 400))
-        framework = None
         for impl, call in calls(x, codes, scales):
-            error = ((call(0)[:4096].double() - exact).norm() / exact.norm()).item()
-            if not error < LIMIT:
-                if impl.startswith("triton"):
+            with peer(impl):
+                error = ((call(0)[:4096].double() - exact).norm() / exact.norm()).item()
+                if not error < LIMIT:
                     raise ValueError(f"int6_linear m{rows}-{name} {impl}: wrong values, error {error}")
-                print(f"{impl}: left out: error {error:.1e} of its own weights", flush=True)
-                continue
-            framework = error if impl == "cublas" else framework
-            times = sorted(graph_ms(call, copies, 20 if rows <= 64 else 5))
-            ms = statistics.median(times) - (spacer if impl == "triton-apart" else 0.0)
-            flops, moved = (
-                2.0 * rows * outputs * columns,
-                BYTES[impl] * outputs * columns + 2.0 * rows * (outputs + columns),
-            )
-            small = rows <= 64
-            found.setdefault(impl, []).append(
-                {
-                    "op": "int6_linear", "case": f"m{rows}-{name}", "impl": impl, "ms": round(ms, 5),
-                    "ms_p20": round(times[len(times) // 5], 5), "ms_p80": round(times[4 * len(times) // 5], 5),
-                    "tflops": None if small else round(flops / ms / 1e9, 1),
-                    "gb_s": round(moved / ms / 1e6, 1) if small else None,
-                    "percent_of_ceiling": round(
-                        100 * (moved / ms / 1e6 / measured["copy_gb_s"] if small
-                               else flops / ms / 1e9 / measured["bf16_tflops"]), 1),
-                    "error": error, "reference_error": framework,
-                }
-            )  # fmt: skip
-            print(f"m{rows:<6d}{name:6s}{impl:14s}{1e3 * ms:9.2f} us   error {error:.2e}", flush=True)
+                times = sorted(graph_ms(call, copies, 20 if rows <= 64 else 5))
+                ms = statistics.median(times) - (spacer if impl == "triton-apart" else 0.0)
+                flops, moved = (
+                    2.0 * rows * outputs * columns,
+                    BYTES[impl] * outputs * columns + 2.0 * rows * (outputs + columns),
+                )
+                small = rows <= 64
+                found.setdefault(impl, []).append(
+                    {
+                        "op": "int6_linear", "case": f"m{rows}-{name}", "impl": impl, "ms": round(ms, 5),
+                        "ms_p20": round(times[len(times) // 5], 5), "ms_p80": round(times[4 * len(times) // 5], 5),
+                        "tflops": None if small else round(flops / ms / 1e9, 1),
+                        "gb_s": round(moved / ms / 1e6, 1) if small else None,
+                        "percent_of_ceiling": round(
+                            100 * (moved / ms / 1e6 / measured["copy_gb_s"] if small
+                                   else flops / ms / 1e9 / measured["bf16_tflops"]), 1),
+                        "error": error,
+                    }
+                )  # fmt: skip
+                print(f"m{rows:<6d}{name:6s}{impl:14s}{1e3 * ms:9.2f} us   error {error:.2e}", flush=True)
     together = []
+    framework = {row["case"]: row["error"] for row in found.get("cublas", ())}
     for impl, each in found.items():
         for row in each:
-            row["reference_error"] = found["cublas"][each.index(row)]["error"]
+            row["reference_error"] = framework.get(row["case"])
         if len(each) == len(SHAPES):
             whole = {key: round(sum(row[key] for row in each), 5) for key in ("ms", "ms_p20", "ms_p80")}
-            worst = {key: max(row[key] for row in each) for key in ("error", "reference_error")}
+            worst = {
+                "error": max(row["error"] for row in each),
+                "reference_error": max(framework.values(), default=None),
+            }
             rates = {"tflops": None, "gb_s": None, "percent_of_ceiling": None}
             together.append({"op": "int6_linear", "case": f"m{rows}", "impl": impl} | whole | rates | worst)
     return together + [row for each in found.values() for row in each]
@@ -224,9 +224,11 @@ def main(arguments: list[str]) -> int:
         print("bench.packed: wants an NVIDIA GPU, found none", file=sys.stderr)
         return 2
     measured = ceilings()
-    rows = [row for count in options.rows for row in measure_products(count, measured)]
-    rows += measure_sample(options.text) if options.text else []
-    path, whole = write_result("packed", " ".join(["python -m bench.packed", *arguments]), measured, rows, options.out)
+    command = " ".join(["python -m bench.packed", *arguments])
+    for count in options.rows:
+        path, whole = write_result("packed", command, measured, measure_products(count, measured), options.out)
+    if options.text:
+        path, whole = write_result("packed", command, measured, measure_sample(options.text), options.out)
     draw_panels(whole, f"ms, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
     print(path)
     return 0

@@ -90,7 +90,7 @@ class Config(BaseModel):
 
     # Model.
     vocab_size: int = Field(8192, ge=8, le=65536)
-    num_layers: int = Field(11, ge=1)
+    num_layers: int = Field(11, ge=2)
     """Physical layers."""
     model_dim: int = Field(512, ge=8)
     num_heads: int = Field(8, ge=1)

@@ -146,11 +146,15 @@ class GPT(nn.Module):
             heads, x, x0, before = ops.attention_input(x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale)
             if 0 < virtual < half:
                 saved.append(before)
-            if last and last < tokens.size(1) and virtual == len(depth) - 1:
-                x = x[:, -last:].contiguous()
-                y = reference.attention_tail(heads, config.num_kv_heads, last, starts).flatten(2)
+            tail = last if last and last < tokens.size(1) and virtual == len(depth) - 1 else None
+            # Its backward would add up in no fixed order, so what is differentiated goes through the ops.
+            if tail and not torch.is_grad_enabled():
+                y = reference.attention_tail(heads, config.num_kv_heads, tail, starts)
             else:
-                y = ops.attention(heads, config.num_kv_heads, mask).flatten(2)
+                y = ops.attention(heads, config.num_kv_heads, mask)
+            y = y.flatten(2)
+            if tail:
+                x, y = x[:, -tail:].contiguous(), y[:, -tail:].contiguous()
             if tap:
                 tap("qkv", i, reference.rms_norm(x, layer_scale))
                 tap("o", i, y)

@@ -59,12 +59,12 @@ class _Bank:
 class Optimizer:
     """Optimizer of a GPT over all ranks; every rank ends each step with the same weights.
 
-    A step: reduce-scatter (mean) of each bank's gradient along its first axis, from the backward on, and one all-reduce
-    of all other gradients in a flat bucket; clip by the norm of the averaged gradient; momentum, Nesterov and
-    Newton-Schulz of this rank's share of all banks together; the all-gather of each bank's update, during which AdamW
-    runs and the banks gathered before are updated. Every update takes the EMA along. Nothing in a step waits for the
-    GPU, and all that changes from step to step beside the gradients are arguments of the ops' launches. Banks are
-    communicated in the model's dtype, everything else in float32.
+    A step: reduce-scatter (mean) of each bank's gradient along its first axis, from the backward on where hooks run
+    (not in a captured one: after it), and one all-reduce of all other gradients in a flat bucket; clip by the norm of
+    the averaged gradient; momentum, Nesterov and Newton-Schulz of this rank's share of all banks together; the
+    all-gather of each bank's update, during which AdamW runs and the banks gathered before are updated. Every update
+    takes the EMA along. Nothing in a step waits for the GPU, and all that changes from step to step beside the
+    gradients are arguments of the ops' launches. Banks are communicated in the model's dtype, all else in float32.
 
     What can overlap: the model casts each bank once, before its layers, and autograd runs what was made first last. So
     the banks' gradients become final behind those of all layers and of the embedding, in the order mlp_down, mlp_up,

@@ -204,7 +204,10 @@ class Windows:
         rows = [[(0, 0, whole)]] if whole > first else []
         if self.documents is not None:
             alone, spans = self._shared(self.documents, first, whole, last)
-            groups, rows = groups[alone], rows_of_documents(spans, self.context)
+            # A document without a BOS, with which a text may begin, would run on from whatever stands before it.
+            headless = [span for span in spans if span[0] == 0 and self.text.tokens[0] != BOS]
+            others = [span for span in spans if span not in headless]
+            groups, rows = groups[alone], [[span] for span in headless] + rows_of_documents(others, self.context)
         mine = slice(self.ranks.rank, None, self.ranks.world_size)
         rows, groups = rows[mine], groups[mine]
         for begin in range(0, len(rows), self.rows):

@@ -8,9 +8,10 @@
 
 r = scale / sqrt(mean(x^2) + eps) is the row's factor of an RMS norm without weights: a norm in front of a product is a
 factor behind it, and the normalised x is never written. The sum of a row's squares is left behind by the product that
-writes x, in parts, one for each 128 columns. In the gradient of that norm stands c = mean((du up) x) / mean(x^2). The
-sum over a row of (du up) x is that of du (x up^T) = (dy down) u da/du, and u da/du = 2 a, for a is homogeneous of
-degree two: down_backward, which holds dy down and a, leaves these sums too, and no pass over du up is needed.
+writes x, in parts, one for each 128 columns. In the gradient of that norm stands
+c = mean((du up) x) / (mean(x^2) + eps). The sum over a row of (du up) x is that of du (x up^T) = (dy down) u da/du, and
+u da/du = 2 a, for a is homogeneous of degree two: down_backward, which holds dy down and a, leaves these sums too, and
+no pass over du up is needed.
 
 One tensor is kept of the activation: a >= 0, and the last mantissa bit of its bf16 holds the sign of u (1 is negative),
 so that da/du = 2 sqrt(a) or -sqrt(a) comes back from a alone while the products that read a need not know. a is rounded
@@ -110,6 +111,7 @@ def _product(
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     sums = torch.empty((parts_of(columns), rows), dtype=torch.float32, device=x.device) if leave_sums else None
     configs = settings("matmul", x.device)
+    assert not leave_sums or {config.get("BLOCK_N", 128) for config in configs.values()} == {128}  # parts_of
     if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra):
         beside = (other, row_scale, sums)
         matmul_hopper.launch(x, w, out, extra, beside, epilogue, transposed, configs, gpu(x.device)[1])

@@ -8,7 +8,7 @@ Backward, for the gradient dy, with u = r x up^T and du' = r du:
 
     du'    = r (dy down) da/du                 matmul.down_backward
     d_down = dy^T a      d_up = du'^T x        cuBLAS
-    dx     = dy + g - x mean(g x) / mean(x^2), g = du' up          matmul.up_backward
+    dx     = dy + g - x mean(g x) / (mean(x^2) + eps), g = du' up          matmul.up_backward
 
 Shapes: x (..., D), up (F, D), down (D, F); contiguous, bf16 or fp16, D a multiple of 16 up to 1024. Saved: x, r and a.
 Work: 4 M D F FLOPs forward, 8 M D F backward; traffic at M = 98304, D 512, F 2048, bf16: 1.1 GB forward, 2.6 GB

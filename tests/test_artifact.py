@@ -73,7 +73,7 @@ def with_stream(number: int, content: bytes) -> bytes:
     return rebuilt(header, payload[:begin] + content + payload[begin + sizes[number] :])
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_layers": 1, "recur_layers": ()}, {"eval_seq_len": 32}])
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "recur_layers": ()}, {"eval_seq_len": 32}])
 def test_round_trip_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = tiny_config(**settings)
     tensors, depth = tensors_of(config), config.depth(True)

@@ -35,11 +35,14 @@ def text_of(tokens: Tensor) -> ValidationText:
 @pytest.mark.parametrize(
     ("count", "stride"), [(64, 16), (65, 16), (70, 16), (70, 4), (69, 4), (71, 5), (9, 4), (17, 1)]
 )
-def test_score_is_its_definition(document_mask: bool, count: int, stride: int) -> None:
+@pytest.mark.parametrize("first", [1, 5])  # 5: a text that begins within a document
+def test_score_is_its_definition(first: int, document_mask: bool, count: int, stride: int) -> None:
     context = 16
     config = tiny_config(document_mask=document_mask)
     model, depth = tiny_model(config), config.depth(True)
     tokens = random_tokens(count, VOCAB)
+    tokens[0] = first
+    tokens[3::7] = 1  # documents that are packed together
     found = score(model, text_of(tokens), depth, ALONE, context=context, stride=stride, batch_tokens=64)
     nats = 0.0
     size = 0
