@@ -177,7 +177,9 @@ class Windows:
         self.rotary = model.rotary(context)
         self.documents = None  # first token of each, where windows share them; the text's own first token begins one
         if model.config.document_mask and stride < context:
-            self.documents = np.union1d(0, (text.tokens == BOS).nonzero().flatten().cpu().numpy())
+            begins = (text.tokens == BOS).nonzero().flatten().cpu().numpy()
+            self.documents = np.union1d(0, begins)
+            self.headless = self.documents.size > begins.size  # the text begins within a document
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -204,10 +206,10 @@ class Windows:
         rows = [[(0, 0, whole)]] if whole > first else []
         if self.documents is not None:
             alone, spans = self._shared(self.documents, first, whole, last)
-            # A document without a BOS, with which a text may begin, would run on from whatever stands before it.
-            headless = [span for span in spans if span[0] == 0 and self.text.tokens[0] != BOS]
-            others = [span for span in spans if span not in headless]
-            groups, rows = groups[alone], [[span] for span in headless] + rows_of_documents(others, self.context)
+            # A document without a BOS would run on from whatever stands before it: its spans, the first, stay apart.
+            apart = sum(span[0] == 0 for span in spans) if self.headless else 0
+            rows = [[span] for span in spans[:apart]] + rows_of_documents(spans[apart:], self.context)
+            groups = groups[alone]
         mine = slice(self.ranks.rank, None, self.ranks.world_size)
         rows, groups = rows[mine], groups[mine]
         for begin in range(0, len(rows), self.rows):

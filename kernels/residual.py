@@ -290,24 +290,9 @@ def mix_backward(
     count = programs(wanted["per_sm"], triton.cdiv(rows, config["ROWS"]), x.device)
     partial = torch.empty((count, 2 if skip is None else 4, dim), dtype=torch.float32, device=x.device)
     mix_bwd_kernel[(count,)](
-        g,
-        rstd,
-        dy,
-        x,
-        x0,
-        dx0,
-        dx_more,
-        mix,
-        skip,
-        skip_weight,
-        skip_gate,
-        dx,
-        dx0_out,
-        dskip,
-        partial,
-        rows,
+        g, rstd, dy, x, x0, dx0, dx_more, mix, skip, skip_weight, skip_gate, dx, dx0_out, dskip, partial, rows,
         **config,
-    )
+    )  # fmt: skip
     channels = column_sum(partial)
     if skip is None:
         return dx, None, dx0_out, channels, None, None
