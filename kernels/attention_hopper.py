@@ -10,8 +10,9 @@ more registers than two programs leave, and ptxas then waits for every single in
 
 Backward: a program owns 128 keys of one KV head and walks the query tiles of its group's heads. Each of two consumer
 warpgroups owns 64 keys: scores and dP are transposed, so that p and dS feed the products for grad_v and grad_k from
-registers. A third takes dS through shared memory and adds dS K to a float32 buffer of grad_q with vector reductions,
-whose order is not fixed. Five products a tile pair; the deterministic path of `attention.py` needs seven.
+registers. For D = 64 a third takes dS through shared memory and adds dS K to a float32 buffer of grad_q with vector
+reductions, whose order is not fixed. For D = 128 the two need its registers: each adds half the dimensions of grad_q.
+Five products a tile pair; the deterministic path of `attention.py` needs seven.
 """
 
 import math
@@ -32,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
 NORM_FLOOR = gl.constexpr(1e-12)
+LN2 = gl.constexpr(math.log(2))
 
 
 @gluon.jit
@@ -344,6 +346,22 @@ def attention_bwd_produce(
 
 
 @gluon.jit
+def attention_bwd_store(
+    b_gk, b_gv, p_gk, p_gv, stride_grad_kv, batch, kv_head, n_first, T, scale,
+    dtype: gl.constexpr, D: gl.constexpr, g_layout: gl.constexpr,
+):  # fmt: skip
+    """Write grad_k and grad_v of one consumer's keys."""
+    o_n = n_first + gl.arange(0, ROWS, gl.SliceLayout(1, g_layout))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, g_layout))
+    o_out = ((batch.to(gl.int64) * T + o_n) * stride_grad_kv + kv_head * D)[:, None] + o_d[None, :]
+    m_n = (o_n < T)[:, None]
+    gl.store(p_gk + o_out, (b_gk * scale).to(dtype), mask=m_n)
+    # grad_v holds XSA's part.
+    b_gv += gl.load(p_gv + o_out, mask=m_n, other=0.0).to(gl.float32)
+    gl.store(p_gv + o_out, b_gv.to(dtype), mask=m_n)
+
+
+@gluon.jit
 def attention_bwd_consume(
     buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
     INDEX: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
@@ -423,14 +441,150 @@ def attention_bwd_consume(
         mbarrier.arrive(kv_empty, count=1)
         turn += 1
 
-        o_n = n_first + gl.arange(0, ROWS, gl.SliceLayout(1, g_layout))
-        o_d = gl.arange(0, D, gl.SliceLayout(0, g_layout))
-        o_out = ((batch.to(gl.int64) * T + o_n) * stride_grad_kv + kv_head * D)[:, None] + o_d[None, :]
-        m_n = (o_n < T)[:, None]
-        gl.store(p_gk + o_out, (b_gk * scale).to(dtype), mask=m_n)
-        # grad_v holds XSA's part.
-        b_gv += gl.load(p_gv + o_out, mask=m_n, other=0.0).to(gl.float32)
-        gl.store(p_gv + o_out, b_gv.to(dtype), mask=m_n)
+        attention_bwd_store(
+            b_gk, b_gv, p_gk, p_gv, stride_grad_kv, batch, kv_head, n_first, T, scale, dtype, D, g_layout
+        )
+        batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
+
+
+@gluon.jit
+def attention_bwd_add(p_tile, b_gq):
+    """Add accumulators [dimensions, ROWS queries] to a tile of the sums of grad_q, kept in their order."""
+    layout: gl.constexpr = b_gq.type.layout
+    # A thread's accumulators of rows r, r + 8 and columns c, c + 1 are four neighbours in memory, a warp's 512 bytes.
+    o_d = gl.arange(0, b_gq.shape[0], gl.SliceLayout(1, layout))[:, None]
+    o_m = gl.arange(0, ROWS, gl.SliceLayout(0, layout))[None, :]
+    o_gq = (((o_d // 16) * (ROWS // 8) + o_m // 8) * 32 + (o_d % 8) * 4 + (o_m % 8) // 2) * 4
+    gl.inline_asm_elementwise(
+        """
+        {
+        red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};
+        mov.b32 $0, 0;
+        mov.b32 $1, 0;
+        mov.b32 $2, 0;
+        mov.b32 $3, 0;
+        }
+        """,
+        "=r,=r,=r,=r,l,l,l,l,f,f,f,f",
+        [(p_tile + o_gq).to(gl.int64), b_gq],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def attention_bwd_start(s_row, factor, layout: gl.constexpr):
+    """A number of each query, times `factor`: what a product [ROWS keys, ROWS queries] begins its sums with."""
+    b_row = s_row.load(gl.SliceLayout(0, layout)) * factor
+    return gl.broadcast(b_row[None, :], gl.zeros([ROWS, ROWS], gl.float32, layout))[0]
+
+
+@gluon.jit
+def attention_bwd_keys(s_k, step):
+    """The keys of the tile, at an address that is not known before the loop: descriptors made there take 14 registers,
+    which spill."""
+    zero = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
+    b_k = s_k.reshape([2 * ROWS, s_k.shape[3]])
+    return b_k._reinterpret(b_k.dtype, [1, 2 * ROWS, s_k.shape[3]], b_k.layout).index(zero)
+
+
+@gluon.jit
+def attention_bwd_consume_wide(
+    buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, T, H, scale_log2,
+    INDEX: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """D = 128: grad_k and grad_v of 64 keys, and half the dimensions of grad_q of all 128.
+
+    grad_k and grad_v fill 128 registers of a thread, scores and dP 64 of the other 112: so lse and delta are what those
+    products start from, dS feeds grad_k from shared memory, and grad_q is summed where dP was."""
+    s_q, s_gy, s_lse, s_delta, s_starts, s_k, s_v, s_ds, s_tile = buffers
+    q_full, q_empty, gy_full, gy_empty, kv_full, kv_empty, ds_full, ds_empty, tile_full, tile_empty = barriers
+    dtype: gl.constexpr = s_q.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    g_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, g_layout, 2)
+    s_one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    b_k = s_k.reshape([2 * ROWS, D]).slice(INDEX * ROWS, ROWS, 0)
+    b_v = s_v.reshape([2 * ROWS, D]).slice(INDEX * ROWS, ROWS, 0)
+    # [dimensions, keys]
+    b_kt = s_k.reshape([2 * ROWS, D]).slice(INDEX * (D // 2), D // 2, 1).permute((1, 0))
+    blocks = gl.cdiv(T, ROWS)
+    step = 0
+    turn = 0
+    batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
+    while batch >= 0:
+        start = n_first // ROWS
+        n_first += INDEX * ROWS
+        mbarrier.wait(kv_full, turn & 1)
+        b_gk = gl.zeros([ROWS, D], gl.float32, g_layout)
+        b_gv = gl.zeros([ROWS, D], gl.float32, g_layout)
+        mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
+        b_q = s_q.index(step % STAGES).reshape([ROWS, D])
+        b_s = attention_bwd_start(s_lse.index(step % STAGES), -1.0 / scale_log2, s_layout)
+        b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_s, is_async=True)
+        b_s = warpgroup_mma_wait(0, deps=[b_s])
+        m = start
+        tile = (batch * H + kv_head * GROUP) * blocks + start
+        for left in range(GROUP * (end - start), 0, -1):
+            stage = step % STAGES
+            slot = step % SLOTS
+            mbarrier.wait(gy_full.index(stage), (step // STAGES) & 1)
+            b_gy = s_gy.index(stage).reshape([ROWS, D])
+            # [ROWS keys, ROWS queries]
+            b_dp = attention_bwd_start(s_delta.index(stage), -1.0, s_layout)
+            b_dp = warpgroup_mma(b_v, b_gy.permute((1, 0)), b_dp, is_async=True)
+            b_p = gl.exp2(b_s * scale_log2)
+            partial = m * ROWS < n_first + ROWS - 1
+            if DOCUMENTS:
+                last = gl.max(s_starts.index(stage).slice(ROWS - 1, 1).load(s_one), 0)
+                partial = partial | (last > n_first) | ((m + 1) * ROWS > T)
+            if partial:
+                o_n = n_first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+                o_m = m * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, s_layout))
+                m_p = o_n[:, None] <= o_m[None, :]
+                if DOCUMENTS:
+                    b_start = s_starts.index(stage).load(gl.SliceLayout(0, s_layout))
+                    m_p = m_p & (o_n[:, None] >= b_start[None, :])
+                b_p = gl.where(m_p, b_p, 0.0)
+            b_dp, b_p = warpgroup_mma_wait(0, deps=[b_dp, b_p])
+            b_pc = gl.convert_layout(b_p.to(dtype), operand)
+            b_ds = (b_p * b_dp).to(dtype)
+            mbarrier.wait(ds_empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+            b_own = s_ds.index(slot).slice(INDEX * ROWS, ROWS, 0)
+            b_own.store(b_ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(slot), count=1)
+
+            b_gv = warpgroup_mma(b_pc, b_gy, b_gv, is_async=True)
+            next_stage = (step + 1) % STAGES
+            mbarrier.wait(q_full.index(next_stage), ((step + 1) // STAGES) & 1, pred=left > 1)
+            # The next scores, under this tile's other products.
+            b_s = attention_bwd_start(s_lse.index(next_stage), -1.0 / scale_log2, s_layout)
+            b_next = s_q.index(next_stage).reshape([ROWS, D])
+            b_again = attention_bwd_keys(s_k, step).slice(INDEX * ROWS, ROWS, 0)
+            b_s = warpgroup_mma(b_again, b_next.permute((1, 0)), b_s, is_async=True)
+            b_gv, b_pc = warpgroup_mma_wait(1, deps=[b_gv, b_pc])
+            mbarrier.arrive(gy_empty.index(stage), count=1)
+            # The other's dS too. [dimensions, queries]
+            mbarrier.wait(ds_full.index(slot), (step // SLOTS) & 1)
+            b_gq = gl.zeros([D // 2, ROWS], gl.float32, s_layout)
+            b_gq = warpgroup_mma(b_kt, s_ds.index(slot), b_gq, use_acc=False, is_async=True)
+            b_gk = warpgroup_mma(b_own, s_q.index(stage).reshape([ROWS, D]), b_gk, is_async=True)
+            b_gq, b_s = warpgroup_mma_wait(1, deps=[b_gq, b_s])
+            mbarrier.arrive(ds_empty.index(slot), count=1)
+            attention_bwd_add(p_gq + tile.to(gl.int64) * (ROWS * D) + INDEX * (D // 2 * ROWS), b_gq)
+            b_gk = warpgroup_mma_wait(0, deps=[b_gk])
+            mbarrier.arrive(q_empty.index(stage), count=1)
+            step += 1
+            tile += gl.where(m + 1 == end, blocks - end + start + 1, 1)
+            m = gl.where(m + 1 == end, start, m + 1)
+        mbarrier.arrive(kv_empty, count=1)
+        turn += 1
+        attention_bwd_store(
+            b_gk, b_gv, p_gk, p_gv, stride_grad_kv, batch, kv_head, n_first, T, scale_log2 * LN2, dtype, D, g_layout
+        )
         batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
 
 
@@ -442,10 +596,6 @@ def attention_bwd_add_dq(
     _s_q, _s_gy, _s_lse, _s_delta, _s_starts, s_k, _s_v, s_ds, s_tile = buffers
     _q_full, _q_empty, _gy_full, _gy_empty, kv_full, kv_empty, ds_full, ds_empty, tile_full, tile_empty = barriers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    # A thread's accumulators of rows r, r + 8 and columns c, c + 1 are four neighbours in memory, a warp's 512 bytes.
-    o_d = gl.arange(0, D, gl.SliceLayout(1, layout))[:, None]
-    o_m = gl.arange(0, ROWS, gl.SliceLayout(0, layout))[None, :]
-    o_gq = (((o_d // 16) * (ROWS // 8) + o_m // 8) * 32 + (o_d % 8) * 4 + (o_m % 8) // 2) * 4
     step = 0
     turn = 0
     batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
@@ -465,23 +615,7 @@ def attention_bwd_add_dq(
                 b_gq = warpgroup_mma(b_k, s_ds.index(slot), b_gq, use_acc=False, is_async=True)
                 b_gq = warpgroup_mma_wait(0, deps=[b_gq])
                 mbarrier.arrive(ds_empty.index(slot), count=1)
-                p_tile = p_gq + (row + m) * (ROWS * D) + o_gq
-                gl.inline_asm_elementwise(
-                    """
-                    {
-                    red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};
-                    mov.b32 $0, 0;
-                    mov.b32 $1, 0;
-                    mov.b32 $2, 0;
-                    mov.b32 $3, 0;
-                    }
-                    """,
-                    "=r,=r,=r,=r,l,l,l,l,f,f,f,f",
-                    [p_tile.to(gl.int64), b_gq],
-                    dtype=gl.int32,
-                    is_pure=False,
-                    pack=4,
-                )
+                attention_bwd_add(p_gq + (row + m) * (ROWS * D), b_gq)
                 step += 1
         batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
 
@@ -493,6 +627,7 @@ def attention_bwd_hopper_kernel(
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_q.dtype
+    READERS: gl.constexpr = 3 if D == 64 else 2  # partitions but the producer
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     s_q = gl.allocate_shared_memory(dtype, [STAGES, 1, ROWS, 1, D], d_q.layout)
     s_gy = gl.allocate_shared_memory(dtype, [STAGES, 1, ROWS, 1, D], d_gy.layout)
@@ -516,43 +651,66 @@ def attention_bwd_hopper_kernel(
         mbarrier.init(gy_empty.index(i), count=2)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ds_full.index(i), count=2)
-        mbarrier.init(ds_empty.index(i), count=1)
+        mbarrier.init(ds_empty.index(i), count=1 if D == 64 else 2)
     mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=3)
+    mbarrier.init(kv_empty, count=READERS)
     s_tile = gl.allocate_shared_memory(gl.int64, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(tile_full.index(i), count=1)
-        mbarrier.init(tile_empty.index(i), count=3)
+        mbarrier.init(tile_empty.index(i), count=READERS)
     fence_async_shared()
     s_starts = s_tile
     if DOCUMENTS:
         s_starts = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], d_starts.layout)
     buffers = (s_q, s_gy, s_lse, s_delta, s_starts, s_k, s_v, s_ds, s_tile)
     barriers = (q_full, q_empty, gy_full, gy_empty, kv_full, kv_empty, ds_full, ds_empty, tile_full, tile_empty)
-    gl.warp_specialize(
-        [
-            (
-                attention_bwd_consume,
-                (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
-                 0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
-            ),
-            (
-                attention_bwd_consume,
-                (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
-                 1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
-            ),
-            (attention_bwd_add_dq, (buffers, barriers, p_gq, T, H, GROUP, D, SLOTS, DOCUMENTS)),
-            (
-                attention_bwd_produce,
-                (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
-                 T, T_PAD, H, G, kv_heads, chunk, tiles, GROUP, D, STAGES, DOCUMENTS),
-            ),
-        ],
-        [4, 4, 1],
-        [192, 104, 24],
-    )  # fmt: skip
+    if D == 64:
+        gl.warp_specialize(
+            [
+                (
+                    attention_bwd_consume,
+                    (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
+                     0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+                ),
+                (
+                    attention_bwd_consume,
+                    (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
+                     1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+                ),
+                (attention_bwd_add_dq, (buffers, barriers, p_gq, T, H, GROUP, D, SLOTS, DOCUMENTS)),
+                (
+                    attention_bwd_produce,
+                    (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
+                     T, T_PAD, H, G, kv_heads, chunk, tiles, GROUP, D, STAGES, DOCUMENTS),
+                ),
+            ],
+            [4, 4, 1],
+            [192, 104, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    attention_bwd_consume_wide,
+                    (buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, T, H, scale_log2,
+                     0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+                ),
+                (
+                    attention_bwd_consume_wide,
+                    (buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, T, H, scale_log2,
+                     1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
+                ),
+                (
+                    attention_bwd_produce,
+                    (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
+                     T, T_PAD, H, G, kv_heads, chunk, tiles, GROUP, D, STAGES, DOCUMENTS),
+                ),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
 
 
 @triton.jit
@@ -618,5 +776,5 @@ def backward(
         GROUP=heads // kv, D=dim, DOCUMENTS=document_starts is not None, **config,
     )  # fmt: skip
     attention_bwd_finish_kernel[(batch * heads, blocks)](
-        sums, grad_q, grad_q.stride(1), length, heads, 1.0 / math.sqrt(dim), ROWS=64, D=dim, num_warps=4
+        sums, grad_q, grad_q.stride(1), length, heads, 1.0 / math.sqrt(dim), ROWS=64, D=dim, num_warps=dim // 16
     )

@@ -95,9 +95,10 @@ def test_interpreted_packed(shape, documents, poisoned):
 
 
 @interpreted
-def test_sums_of_grad_q_are_put_in_order():
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sums_of_grad_q_are_put_in_order(dim):
     """The Hopper backward keeps grad_q in the order of its accumulators; the finishing kernel must undo just that."""
-    batch, length, heads, dim = 2, 100, 3, 64
+    batch, length, heads = 2, 100, 3
     expected = torch.randn(batch, length, heads, dim)
     tiles = torch.zeros(batch, heads, 2, dim, 64)
     padded = F.pad(expected, (0, 0, 0, 0, 0, 28))
@@ -184,7 +185,7 @@ def test_portable_kernels_compile(name, limit, dim, documents):
 
 @compiled
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("name", "dim"), [("forward_hopper", 64), ("forward_hopper", 128), ("backward_hopper", 64)])
+@pytest.mark.parametrize(("name", "dim"), [(x, d) for x in ("forward_hopper", "backward_hopper") for d in (64, 128)])
 def test_hopper_kernels_compile(name, dim, documents):
     config = dict(configs("h100")["attention"][str(dim)][name])
     programs = config.pop("programs", 1)  # on one processor
@@ -200,7 +201,7 @@ def test_hopper_kernels_compile(name, dim, documents):
         kernel, limit = hopper.attention_fwd_hopper_kernel, 0
         constants |= {"HEADS": 2}
     else:
-        kernel, limit = hopper.attention_bwd_hopper_kernel, 96  # scalars kept outside the inner loop
+        kernel, limit = hopper.attention_bwd_hopper_kernel, 96  # scalars that the inner loop does without
     if not documents:
         constants["d_starts"] = None
     built = compile_for_h100(kernel, TYPES | descriptors, constants, config)
@@ -232,11 +233,21 @@ class TestGPU:
             ((1, 777, 3, 3, 64), torch.bfloat16),
             ((2, 777, 8, 4, 64), torch.float16),
             ((1, 777, 8, 4, 128), torch.bfloat16),
+            ((1, 777, 8, 1, 128), torch.bfloat16),
+            ((1, 777, 3, 3, 128), torch.bfloat16),
+            ((2, 777, 4, 2, 128), torch.float16),
+            ((48, 1100, 4, 2, 128), torch.bfloat16),  # several tiles a program
             ((2, 777, 6, 3, 32), torch.bfloat16),
         ],
     )
     def test_shapes(self, shape, dtype, documents, poisoned):
         self.compare(shape, dtype, documents, False)
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("documents", [None, 0.01, 1.0])
+    @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 129, 2047, 2048])
+    def test_values_of_wide_heads(self, length, documents, deterministic, poisoned):
+        self.compare((2, length, 4, 2, 128), torch.bfloat16, documents, deterministic)
 
     def compare(self, shape, dtype, documents, deterministic):
         """No further from float64 than torch's attention and XSA in the same dtype."""
@@ -249,10 +260,11 @@ class TestGPU:
             assert error(a, c) <= error(b, c) + 1e-6, name
             assert error(d, c) <= error(b, c) + 1e-6, name
 
-    def test_deterministic_to_the_bit(self):
-        x, g, starts = make(4, 2048, 8, 4, 64, torch.bfloat16, "cuda", 0.002)
-        first, second = (run(lambda *a: attention(*a, True), x, g, starts, 8, 4, 64) for _ in range(2))
-        packed = run_qkv(x, g, starts, 8, 4, 64, True)
+    @pytest.mark.parametrize("heads", [(8, 4, 64), (4, 2, 128)])
+    def test_deterministic_to_the_bit(self, heads):
+        x, g, starts = make(4, 2048, *heads, torch.bfloat16, "cuda", 0.002)
+        first, second = (run(lambda *a: attention(*a, True), x, g, starts, *heads) for _ in range(2))
+        packed = run_qkv(x, g, starts, *heads, True)
         for others in (second, packed):
             assert all(torch.equal(a, b) for a, b in zip(first, others, strict=True))
 
