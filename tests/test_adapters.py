@@ -91,8 +91,9 @@ def test_triton_ops_compute_the_same(device: str) -> None:
         pytest.skip("wants TRITON_INTERPRET=1")
     target, dtype = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16
     config = tiny_config(document_mask=False, model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8)
+    ours = "triton,int6_linear=reference"
     found = []
-    for kernels, kind in (("triton,int6_linear=reference", dtype), ("reference", torch.float32)):
+    for kernels, kind in ((ours, dtype), ("reference", dtype), ("reference", torch.float32)):
         model = tiny_model(config).to(target)
         model.ops, model.dtype = select(kernels, target), kind
         adapters = Adapters(model, RANK, SCALE, 0)
@@ -100,5 +101,6 @@ def test_triton_ops_compute_the_same(device: str) -> None:
         inputs, targets = (tokens.to(target) for tokens in text(16, 4))
         losses = adapters.losses(values, inputs, targets, config.depth(True))
         found.append([losses.detach(), *torch.autograd.grad(losses.mean(1).sum(), list(values.values()))])
-    for one, other in zip(*found, strict=True):
-        assert float((one - other).norm() / other.norm()) < (1e-4 if device == "cpu" else 6e-2)
+    for one, eager, exact in zip(*found, strict=True):
+        bound = 1e-4 if device == "cpu" else 1.5 * float((eager - exact).norm() / exact.norm()) + 2e-3
+        assert float((one - exact).norm() / exact.norm()) < bound

@@ -26,7 +26,7 @@ OPS = select("reference", CPU)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     path: Path = tmp_path_factory.mktemp("packed") / "model.pga"
-    config = tiny_config()
+    config = tiny_config(model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8)  # the least that GPU kernels take
     pack(tiny_model(config), config.depth(True), "0" * 64, [random_tokens(64, 64).view(4, 16)], path, ALONE, 0)
     return artifact.load(path)
 
@@ -72,7 +72,7 @@ def test_a_mixture_of_bits_and_what_is_not_quantised(made: Artifact) -> None:
     assert mixed.packed["qkv"][0].codes.dtype == torch.int8
     for a, b in zip(made.model(OPS, CPU, torch.float32).parameters(), mixed.parameters(), strict=True):
         assert torch.equal(a, b)
-    tensors["mlp_up_bank"] = torch.zeros(3, 64, 32)
+    tensors["mlp_up_bank"] = torch.zeros(3, 128, 64)
     with pytest.raises(QuantisationError, match=r"mlp_up_bank is torch\.float32: a packed model wants it quantised"):
         PackedGPT(made.config, tensors, OPS, CPU, torch.float32)
 
