@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from statistics import median
 from typing import Any
 
 from bench.common import short_name
 from bench.runs import compare
 from gpt.config import PRESETS, ROOT
 
+PEERS = {"cudnn+xsa": "cuDNN", "fa4+xsa": "FlashAttention-4", "flex+xsa": "FlexAttention", "compiled": "compiled"}
 README = (ROOT / "README.md").read_text()
 
 
@@ -65,6 +67,43 @@ def test_steps_are_the_data() -> None:
         "optimizer, one rank's share of eight": both(optimizer, "optimizer_step", "rank-of-8", "ms", 2),
     }.items():
         assert figures in lines[name]
+
+
+def test_ops_are_the_data() -> None:
+    places = {
+        "attention, 48 rows of 2048": ("attention", "seed"),
+        "attention, documents of 48 real rows": ("attention", "documents"),
+        "attention, 1 row of 32,768": ("attention", "long"),
+        "attention, 192 rows of 512": ("attention", "short"),
+        "attention, 1 row of 2048": ("attention", "single"),
+        "attention, 4 / 2 heads of 128": ("attention", "d128"),
+        "attention, 16 / 2 heads of 64": ("attention", "h16-2"),
+        "MLP: norm, products, activation, residual": ("mlp", "seed"),
+        "attention's output product, residual": ("linear_add", "seed"),
+        "mix, norm, qkv product, head norms, rotary": ("attention_input", "seed"),
+        "norm": ("rms_norm", "seed"),
+        "embedding, smear, norm": ("embed", "zipf"),
+        "head product, softcap, loss and its gradient": ("linear_cross_entropy", "seed"),
+    }
+    table = rows("kernels-h100.json")["rows"]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.count("|") == 6]
+    found = {cells[0]: cells[1:] for cells in lines}
+    for name, (op, case) in places.items():
+        cells = [""] * 4
+        for column, phase in enumerate([""] if op == "linear_cross_entropy" else ["_forward", "_backward"]):
+            times = {row["impl"]: row["ms"] for row in table if (row["op"], row["case"]) == (op + phase, case)}
+            peers = {peer: ms for peer, ms in times.items() if not peer.startswith("triton")}
+            cells[column], best = f"{times['triton']:.3f}", min(peers, key=peers.__getitem__)
+            cells[column + 2] = f"{peers[best]:.3f} {PEERS[best]}"
+        assert found[name] == cells
+
+
+def test_starts_are_the_data() -> None:
+    cold, warm = rows("start-h100.json")["rows"]
+    assert f"takes {cold['ms'] / 1e3:.1f} s with empty caches, {warm['ms'] / 1e3:.1f} s after that" in README
+    for row in (cold, warm):
+        later = row["steps_ms"][row["recurrence_from_step"] :]
+        assert max(row["steps_ms"]) < 1.03 * median(later)
 
 
 def test_loss_differences_are_the_data() -> None:
