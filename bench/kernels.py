@@ -6,10 +6,11 @@
 
 Each implementation of a case is checked against the reference in float64, on a small batch or on rows of the whole one,
 and then timed, forward and backward apart, in one process, as CUDA graphs (`graph` in the rows: where one cannot be
-captured, the host's launches are timed too); medians of triton.testing.do_bench. Peers: `compiled` is torch.compile of
-the reference with mix-order reduction off; `cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa` compute attention with
-their own kernel and XSA with torch.compile; `liger` and `quack`. A peer that is not installed, raises or gives wrong
-values is left out with a word; ours ends the run. `triton-packed` is what the model calls: q, k and v are heads of one
+captured, the host's launches may be timed too), one implementation after the other and round again, the L2 cache
+emptied before each; medians. Peers: `compiled` is torch.compile of the reference with mix-order reduction off;
+`cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa` compute attention with their own kernel and XSA with torch.compile;
+`liger` and `quack`. A peer that is not installed, raises or gives wrong values is left out with a word; ours ends the
+run. `triton-packed` is what the model calls: q, k and v are heads of one
 tensor, and so are their gradients. `reference_error` is the error of the framework's own op: cuDNN's, FlexAttention's
 for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ torch._functorch.config.donated_buffer = False
 Function = Callable[..., Any]
 
 ROWS, LENGTH = 48, 2048
+ROUNDS = 40
 LIMIT = 3e-2  # of a relative error: wrong values are not timed
 FRAMEWORK = ("cudnn+xsa", "flex+xsa", "compiled")  # the first of these is the framework's own op of a case
 # batch, length, query heads, KV heads, head dimension; `documents` has those of real rows
@@ -403,7 +405,29 @@ def replayed(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Callab
     return graph.replay, True
 
 
+def in_turn(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> list[list[float]]:
+    """Sorted milliseconds of each, one after the other and round again: a card that slows down does so for all.
+
+    Nothing is in the L2 cache when a call begins, and the host is ahead of the device.
+    """
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    times: list[list[float]] = [[] for _ in calls]
+    with torch.cuda.stream(stream):
+        for _ in range(ROUNDS):
+            marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+            for call, (begin, end) in zip(calls, marks, strict=True):
+                flush.zero_()
+                begin.record()
+                call()
+                end.record()
+            torch.cuda.synchronize()
+            for each, (begin, end) in zip(times, marks, strict=True):
+                each.append(begin.elapsed_time(end))
+    return [sorted(each[ROUNDS // 5 :]) for each in times]  # the first rounds warm up
+
+
 def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float]) -> list[dict[str, Any]]:
+    """The rows of a case. Raises ValueError where our values are wrong."""
     build = OPS[op][1]
     # Cases share functions: what one compiled would count towards the limit of recompilations of the next.
     torch._dynamo.reset()
@@ -414,42 +438,28 @@ def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float
         print(f"{op} {case}: left out: {error}")
         return []
     found = errors(workload if workload.checked else build(case, True, tokens))
-    rows = []
-    for name in workload.implementations:
-        if name in found:
-            with peer(name):
-                rows += timed(op, case, name, workload, found, measured)
-    return rows
-
-
-def timed(
-    op: str,
-    case: str,
-    name: str,
-    workload: Workload,
-    found: dict[str, tuple[float, float]],
-    measured: dict[str, float],
-) -> list[dict[str, Any]]:
-    """The rows of one implementation. Raises ValueError where its values are wrong."""
-    from triton.testing import do_bench
-
-    if not right(found[name]):
-        raise ValueError(f"{op} {case} {name}: wrong values, errors {found[name]}")
-    framework = next((found[x] for x in FRAMEWORK if x in workload.implementations and x in found), None)
-    rows = []
-    unit = "TFLOP/s" if workload.unit == "tflops" else "GB/s"
-    ceiling = measured["bf16_tflops" if workload.unit == "tflops" else "copy_gb_s"]
     # One stream for everything: a backward runs where its forward did, and only there may it be captured.
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        calls = phases(workload, name)
-        for call in calls.values():
-            call()
-    torch.cuda.synchronize()
-    for phase, call in calls.items():
-        run, captured = replayed(call, stream)
-        with torch.cuda.stream(stream):
-            low, ms, high = do_bench(run, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
+    runs: list[tuple[str, str, Callable[[], Any], bool]] = []
+    kept = []  # what the graphs read
+    for name in (name for name in workload.implementations if name in found):
+        with peer(name):
+            if not right(found[name]):
+                raise ValueError(f"{op} {case} {name}: wrong values, errors {found[name]}")
+            with torch.cuda.stream(stream):
+                calls = phases(workload, name)
+                for call in calls.values():
+                    call()
+            torch.cuda.synchronize()
+            kept.append(calls)
+            runs += [(name, phase, *replayed(call, stream)) for phase, call in calls.items()]
+    times = in_turn([run for _, _, run, _ in runs], stream)
+    framework = next((found[x] for x in FRAMEWORK if x in workload.implementations and x in found), None)
+    unit = "TFLOP/s" if workload.unit == "tflops" else "GB/s"
+    ceiling = measured["bf16_tflops" if workload.unit == "tflops" else "copy_gb_s"]
+    rows = []
+    for (name, phase, _, captured), each in zip(runs, times, strict=True):
+        low, ms, high = (each[int(len(each) * q)] for q in (0.2, 0.5, 0.8))
         work = {"_forward": workload.work[0], "_backward": workload.work[1], "": sum(workload.work)}[phase]
         rate = work / ms / (1e9 if workload.unit == "tflops" else 1e6)
         which = 1 if phase == "_backward" else 0

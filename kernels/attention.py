@@ -19,13 +19,14 @@ that the forward keeps z, the float s and the float lse of each row and no secon
 Shapes: q (B, T, H, D), k and v (B, T, G, D), bf16 or fp16, last dimension contiguous, other strides free (views of one
 fused projection); out (B, T, H, D) contiguous; document_starts int32 (B, T), non-decreasing along a row.
 Work (dense): 4 D T^2 / 2 FLOPs a query head forward, 10 D T^2 / 2 backward (14 on the deterministic path, which makes
-the scores twice). Traffic: q, k, v read and out written once; backward reads and writes about 12 output sizes.
+the scores twice). Traffic: q, k, v read and out written once; backward reads and writes 12 to 16 output sizes.
 Tiles outside every document of their queries are skipped. Scores, softmax, sums and XSA are float32; p and dS are
 rounded to the input dtype before their products, as every flash attention does, so the error against float64 stays at
 or under that of torch's own kernels followed by XSA in the input dtype.
 
-Two sets of kernels: `attention_hopper.py` (warp-specialised, TMA and wgmma) for D of 64 or 128 where it applies, and
-the portable ones below for every other D and GPU, for the deterministic backward, and for the interpreter.
+Two sets of kernels: `attention_hopper.py` (warp-specialised, TMA and wgmma) for D of 64 or 128 on a Hopper GPU, where
+TMA can address the inputs (bases and strides of 16 bytes: with documents T has to be a multiple of 4); and the portable
+ones below for every other D, GPU and input, for the deterministic backward, and for the interpreter.
 """
 
 import math

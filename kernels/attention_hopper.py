@@ -715,7 +715,7 @@ def attention_bwd_hopper_kernel(
 
 @triton.jit
 def attention_bwd_finish_kernel(p_gq, grad_q, stride_grad_q, T, H, scale, ROWS: tl.constexpr, D: tl.constexpr):
-    """Undo the order in which `attention_bwd_add_dq` keeps a [D, ROWS] tile; scale and round."""
+    """Undo the order in which `attention_bwd_add` keeps a [D, ROWS] tile; scale and round."""
     tile = tl.program_id(1)
     batch_head = tl.program_id(0).to(tl.int64)
     b_gq = tl.load(p_gq + (batch_head * tl.num_programs(1) + tile) * (ROWS * D) + tl.arange(0, ROWS * D))

@@ -1,9 +1,10 @@
-"""Compiling a kernel for H100 on a machine without a GPU, and reading what came of it."""
+"""Compiling a kernel for a GPU on a machine without one, and reading what came of it."""
 
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import triton
@@ -19,11 +20,11 @@ class Built:
     sass: str
 
 
-def compile_for_h100(kernel, types, constants, config):
-    """types: of arguments, tuples for tuples, None in one for None, ":16" behind integers that 16 divides; pointers are
-    taken to be aligned. Arguments without one are integers where named in capitals or as strides (of a multiple of 16),
-    else bf16 pointers. constants: of compile-time arguments. config: as in kernels/configs, whose other entries are
-    options."""
+def compile_for(capability, kernel, types, constants, config):
+    """capability: 90 for an H100. types: of arguments, tuples for tuples, None in one for None, ":16" behind integers
+    that 16 divides; pointers are taken to be aligned. Arguments without one are integers where named in capitals or as
+    strides (of a multiple of 16), else bf16 pointers. constants: of compile-time arguments. config: as in
+    kernels/configs, whose other entries are options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -47,7 +48,7 @@ def compile_for_h100(kernel, types, constants, config):
         several = isinstance(kind, tuple)
         signature[name] = tuple(plain(x, index, i) for i, x in enumerate(kind)) if several else plain(kind, index)
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, fixed, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
@@ -55,3 +56,6 @@ def compile_for_h100(kernel, types, constants, config):
         sass = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
     return Built(registers, stack, binary.metadata.shared, sass)
+
+
+compile_for_h100 = partial(compile_for, 90)

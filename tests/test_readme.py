@@ -93,7 +93,8 @@ def test_ops_are_the_data() -> None:
         for column, phase in enumerate([""] if op == "linear_cross_entropy" else ["_forward", "_backward"]):
             times = {row["impl"]: row["ms"] for row in table if (row["op"], row["case"]) == (op + phase, case)}
             peers = {peer: ms for peer, ms in times.items() if not peer.startswith("triton")}
-            cells[column], best = f"{times['triton']:.3f}", min(peers, key=peers.__getitem__)
+            ours = times.get("triton-packed", times["triton"])  # what the model calls
+            cells[column], best = f"{ours:.3f}", min(peers, key=peers.__getitem__)
             cells[column + 2] = f"{peers[best]:.3f} {PEERS[best]}"
         assert found[name] == cells
 
