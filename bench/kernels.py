@@ -18,6 +18,7 @@ for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png
 from __future__ import annotations
 
 import argparse
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -462,7 +463,8 @@ def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float
         low, ms, high = (each[int(len(each) * q)] for q in (0.2, 0.5, 0.8))
         work = {"_forward": workload.work[0], "_backward": workload.work[1], "": sum(workload.work)}[phase]
         rate = work / ms / (1e9 if workload.unit == "tflops" else 1e6)
-        which = 1 if phase == "_backward" else 0
+        # Forward and backward together: the worst of both.
+        error_of = max if not phase else operator.itemgetter(phase == "_backward")
         rows.append(
             {
                 "op": op + phase, "case": case, "impl": name,
@@ -471,12 +473,12 @@ def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float
                 "gb_s": round(rate, 1) if workload.unit == "gb_s" else None,
                 "percent_of_ceiling": round(100 * rate / ceiling, 1),
                 "graph": captured,
-                "error": found[name][which], "reference_error": framework[which] if framework else None,
+                "error": error_of(found[name]), "reference_error": error_of(framework) if framework else None,
             }
         )  # fmt: skip
         print(
             f"{op + phase:30s} {case:10s} {name:22s} {ms:8.3f} ms {rate:8.1f} {unit:7s} "
-            f"{100 * rate / ceiling:5.1f} %   error {found[name][which]:.2e}",
+            f"{100 * rate / ceiling:5.1f} %   error {error_of(found[name]):.2e}",
             flush=True,
         )
     return rows

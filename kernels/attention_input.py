@@ -146,21 +146,31 @@ def attention_input(
             f"attention_input wants weight ((H + 2 G) {head_dim}, {x.size(-1)}) for H = {gain.size(0)} heads of "
             f"{head_dim} and any G; got {tuple(weight.shape)}"
         )
+    if skip is not None and len(skip) != 3:
+        raise ValueError(f"attention_input wants skip (saved x, weight, gate) or None; got {len(skip)} of them")
+    saved, skip_weight, skip_gate = skip or (None, None, None)
+    vector = x.shape[-1:]
     expect(
         "attention_input",
         x=(x, x.shape, DTYPES),
         x0=(x0, x.shape, x.dtype),
-        mix=(mix, (2, x.size(-1)), torch.float32),
+        mix=(mix, (2, *vector), torch.float32),
+        skip=(saved, x.shape, x.dtype),
+        skip_weight=(skip_weight, vector, torch.float32),
+        skip_gate=(skip_gate, vector, torch.float32),
         weight=(weight, weight.shape, x.dtype),
+        gain=(gain, gain.shape, torch.float32),
+        cos=(cos, cos.shape, torch.float32),
+        sin=(sin, cos.shape, torch.float32),
     )
     expect_rotary("attention_input", head_dim, gain, cos, sin, x.size(1))
     # torch.compile takes a tensor only once among the inputs of a Function: x is x0 in the first layer, and what was
     # saved last in the first layer that has a skip.
     if x is x0:
         x = x.view_as(x)
-    if skip is not None and skip[0] is x:
-        skip = (x.view_as(x), *skip[1:])
+    if saved is x:
+        saved = x.view_as(x)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _AttentionInput.apply(
-        x, x0, mix, *(skip or (None, None, None)), weight, gain, cos, sin, scale
+        x, x0, mix, saved, skip_weight, skip_gate, weight, gain, cos, sin, scale
     )
     return outputs

@@ -8,7 +8,7 @@ from kernels.attention_input import attention_input
 from tests.kernel_tools import error, gpu, interpreted
 
 
-def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip):
+def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip, rope=8):
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape, kind=dtype):
@@ -18,7 +18,7 @@ def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip):
     streams = [normal(batch, length, dim) for _ in range(3 if skip else 2)]
     floats = [normal(*shape, kind=torch.float32) for shape in ((2, dim), (heads,), *(((dim,), (dim,)) if skip else ()))]
     weight = (normal((heads + 2 * kv_heads) * head_dim, dim, kind=torch.float32) * dim**-0.5).to(dtype)
-    rotary = reference.rotary_table(length, 8, 1e4, length, device)
+    rotary = reference.rotary_table(length, rope, 1e4, length, device)
     return streams, floats, weight, rotary
 
 
@@ -51,7 +51,7 @@ def run(op, case, dtype=None, layers=2):
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("shape", [(2, 5, 2, 1, 16), (1, 7, 4, 4, 16)])
-def test_values_in_the_interpreter(shape, layers, skip):
+def test_values_in_the_interpreter(shape, layers, skip, poisoned):
     case = make(*shape, torch.float32, "cpu", skip)
     truth = run(reference.attention_input, case, torch.float64, layers)
     for i, (a, b) in enumerate(zip(run(attention_input, case, layers=layers), truth, strict=True)):
@@ -84,6 +84,13 @@ def test_bad_input_is_named():
         attention_input(*streams, mix, None, weight[:48], gain, *rotary, 1.0)
     with pytest.raises(ValueError, match=r"weight \(64, 32\) torch.float32; got .* torch.float16"):
         attention_input(*streams, mix, None, weight.half(), gain, *rotary, 1.0)
+    skip = torch.zeros(1, 4, 32), torch.zeros(32), torch.zeros(32)
+    with pytest.raises(ValueError, match=r"skip \(1, 4, 32\) torch.float32; got \(4, 1, 32\)"):
+        attention_input(*streams, mix, (skip[0].transpose(0, 1), *skip[1:]), weight, gain, *rotary, 1.0)
+    with pytest.raises(ValueError, match=r"skip_gate \(32,\) torch.float32; got \(31,\)"):
+        attention_input(*streams, mix, (*skip[:2], skip[2][:31]), weight, gain, *rotary, 1.0)
+    with pytest.raises(ValueError, match=r"skip \(saved x, weight, gate\) or None; got 2 of them"):
+        attention_input(*streams, mix, skip[:2], weight, gain, *rotary, 1.0)
     with pytest.raises(ValueError, match=r"cos of at least 4 positions; got \(3, 4\)"):
         attention_input(*streams, mix, None, weight, gain, *(table[:3] for table in rotary), 1.0)
 
@@ -107,9 +114,10 @@ def test_registration(skip):
 class TestGPU:
     @pytest.mark.parametrize("skip", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("rope", [8, 16])  # 16: head norms and rotary in the product's epilogue on Hopper
     @pytest.mark.parametrize("shape", [(2, 333, 8, 4, 64), (1, 65, 4, 1, 128)])
-    def test_no_further_from_float64_than_eager(self, shape, dtype, skip):
-        case = make(*shape, dtype, "cuda", skip)
+    def test_no_further_from_float64_than_eager(self, shape, rope, dtype, skip, poisoned):
+        case = make(*shape, dtype, "cuda", skip, rope)
         truth = run(reference.attention_input, case, torch.float64)
         ours, eager = run(attention_input, case), run(reference.attention_input, case)
         for i, (a, b, c) in enumerate(zip(ours, eager, truth, strict=True)):

@@ -109,6 +109,8 @@ def check_sign(dtype, device):
     u = F.pad(u, (0, 4096 - u.numel())).view(-1, 16).to(dtype)
     eye = torch.eye(16, dtype=dtype, device=device)
     ones = torch.ones(u.shape[0], device=device)
+    nothing = torch.full_like(u[:1], torch.nan)
+    assert up_forward(nothing, eye, ones[:1]).isnan().all()
     a = up_forward(u, eye, ones)
     assert bool((a >= 0).all())
     integer = torch.int32 if dtype == torch.float32 else torch.int16
