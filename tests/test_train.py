@@ -142,6 +142,11 @@ def test_one_command_trains_quantises_and_scores(whole: tuple[Path, str]) -> Non
         "report.html",
         "lock",
     }
+    parts = json.loads((run / "parts.json").read_text())
+    assert [(layers, list(part)) for layers, part in parts.items()] == [
+        (layers, ["forward and backward", "optimizer"]) for layers in ("4", "6")
+    ]
+    assert all(ms > 0.0 for part in parts.values() for ms in part.values())
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 8
     assert summary["depth"] == [0, 1, 2, 1, 2, 3]
