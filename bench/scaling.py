@@ -283,7 +283,7 @@ def measure(config: Config, ranks: Ranks, steps: int) -> Iterator[dict[str, Any]
     """Rows of both depths with micro_batch_tokens a rank."""
     config = config.model_copy(update={"train_batch_tokens": config.micro_batch_tokens * ranks.world_size})
     bench = Bench(config, ranks)
-    benches = [bench]
+    benches, turns = [bench], min(TURNS, steps)
     if ranks.world_size > 1:
         lonely = config.model_copy(update={"train_batch_tokens": config.micro_batch_tokens})
         benches.append(Bench(lonely, Ranks(0, 1, ranks.device)))
@@ -293,12 +293,12 @@ def measure(config: Config, ranks: Ranks, steps: int) -> Iterator[dict[str, Any]
         for recurrent in (False, True):
             depth = config.depth(recurrent)
             times: list[list[float]] = [[] for _ in benches]
-            for turn in range(2 * TURNS):
+            for turn in range(2 * turns):
                 for one, mine in zip(benches, times, strict=True):
                     ranks.gather(None)  # so that all begin together
                     one.run(depth, 1)  # captures, or meets the others
-                    found = one.run(depth, -(-steps // TURNS))
-                    mine += found if turn >= TURNS else []
+                    found = one.run(depth, -(-steps // turns))
+                    mine += found if turn >= turns else []
             each, *others = (ranks.gather(sorted(mine)) for mine in times)
             low, ms, high = (max(mine[int(len(mine) * q)] for mine in each) for q in (0.2, 0.5, 0.8))
             alone = [mine[len(mine) // 2] for mine in others[0]] if others else [ms]
