@@ -5,10 +5,11 @@
 Cases: `all-banks` of the seed's model on one GPU, and `rank-of-8`: what one of eight ranks computes in a step, its
 share of every bank (3, 3, 2 and 2 matrices, gradients in bf16) and the update of all weights, communication left out.
 `eager` is the reference, `compiled` has its Newton-Schulz under torch.compile, `torch-fused` is the best of the
-framework: that, AdamW(fused=True) and foreach operations; `gram-newton-schulz` is the package of that name where it is
-installed (with the kernels of quack where that is). TFLOP/s count the three products of an iteration in full, whoever
-computes half of the symmetric ones. Errors are the worst of the first and the last matrix of every bank against
-float64, relative, Frobenius; of a step: of the change of the weights. Writes bench/results/optimizer-<gpu>.json, .png.
+framework: that, AdamW(fused=True) and foreach operations; `gram-newton-schulz` is the package of that name (0.1.6; fp16
+within) where it is installed, with the kernels of quack where that is. TFLOP/s count the three products of an iteration
+in full, whoever computes half of the symmetric ones. Errors are the worst of the first and the last matrix of every
+bank against float64, relative, Frobenius; of a step: of the change of the weights. Writes
+bench/results/optimizer-<gpu>.json, .png.
 """
 
 from __future__ import annotations

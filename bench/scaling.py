@@ -7,11 +7,14 @@ what to expect of more GPUs than there are.
     python -m bench.scaling --predict 75.5 90.0                   # ms a step on one GPU, 11 and 14 layers; needs no GPU
 
 Any other option is a setting of train.py's. A step is the training loop's, with its Optimizer and Clock, of
-micro_batch_tokens (98,304) a GPU; the median of --steps, the slowest rank's. Collectives are NCCL's kernels by the
-profiler: `ms` where a kernel was shortest, on the rank that came last and waited for nobody; `hidden`, on the mean
-rank, is while another kernel ran. --curve trains so many steps, depth recurrence from the middle on, on the same
-batches of micro_batch_tokens in all for every number of GPUs, and twice on the first: that is the noise to compare
-with. Writes bench/results/scaling-<gpu>.json and .png.
+micro_batch_tokens (98,304) a GPU; the median of --steps, the slowest rank's, after as many that are not timed: a card
+at its power limit is 3 ms a step faster in its first second. `ratio` is to the run on the fewest GPUs. Cards differ,
+from each other and from minute to minute, by more than communication costs: so on several GPUs every card also makes
+steps of its own, without the others, in turn with those of all: `alone_ms`, a rank each, and `ratio_to_alone`, to their
+mean. Collectives are NCCL's kernels by the profiler: `ms` where a kernel was shortest, on the rank that came last and
+waited for nobody; `hidden`, on the mean rank, is while another kernel ran. --curve trains so many steps, depth
+recurrence from the middle on, on the same batches of micro_batch_tokens in all for every number of GPUs, and twice on
+the first: that is the noise to compare with. Writes bench/results/scaling-<gpu>.json and .png.
 
 The model, for W ranks and nothing hidden:
 
@@ -41,6 +44,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +62,7 @@ from gpt.optimizer import Optimizer
 from kernels import select
 
 FINAL = ("mlp_down_bank", "mlp_up_bank", "kv_bank", "qo_bank")  # banks as their gradients become final
+TURNS = 4  # steps on all GPUs and steps of each alone take turns, so often
 WINDOW = 25  # steps that differences of loss curves are averaged over
 
 
@@ -278,12 +283,25 @@ def measure(config: Config, ranks: Ranks, steps: int) -> Iterator[dict[str, Any]
     """Rows of both depths with micro_batch_tokens a rank."""
     config = config.model_copy(update={"train_batch_tokens": config.micro_batch_tokens * ranks.world_size})
     bench = Bench(config, ranks)
-    with bench.loader:
+    benches, turns = [bench], min(TURNS, steps)
+    if ranks.world_size > 1:
+        lonely = config.model_copy(update={"train_batch_tokens": config.micro_batch_tokens})
+        benches.append(Bench(lonely, Ranks(0, 1, ranks.device)))
+    with ExitStack() as stack:
+        for one in benches:
+            stack.enter_context(one.loader)
         for recurrent in (False, True):
             depth = config.depth(recurrent)
-            bench.run(depth, 3)
-            each = ranks.gather(sorted(bench.run(depth, steps)))
-            low, ms, high = (max(times[int(len(times) * q)] for times in each) for q in (0.2, 0.5, 0.8))
+            times: list[list[float]] = [[] for _ in benches]
+            for turn in range(2 * turns):
+                for one, mine in zip(benches, times, strict=True):
+                    ranks.gather(None)  # so that all begin together
+                    one.run(depth, 1)  # captures, or meets the others
+                    found = one.run(depth, -(-steps // turns))
+                    mine += found if turn >= turns else []
+            each, *others = (ranks.gather(sorted(mine)) for mine in times)
+            low, ms, high = (max(mine[int(len(mine) * q)] for mine in each) for q in (0.2, 0.5, 0.8))
+            alone = [mine[len(mine) // 2] for mine in others[0]] if others else [ms]
             parts = communication(bench, depth) if ranks.world_size > 1 and ranks.device.type == "cuda" else []
             yield {
                 "op": "training_step", "case": f"{ranks.world_size}-gpu" + ("" if recurrent else ", first depth"),
@@ -291,6 +309,8 @@ def measure(config: Config, ranks: Ranks, steps: int) -> Iterator[dict[str, Any]
                 "ms": round(ms, 3), "ms_p20": round(low, 3), "ms_p80": round(high, 3),
                 "tflops": None, "gb_s": None, "percent_of_ceiling": None,
                 "tokens_per_second": round(1e3 * config.train_batch_tokens / ms),
+                "alone_ms": [round(each, 3) for each in alone],
+                "ratio_to_alone": round(ms / statistics.mean(alone), 4),
                 "collectives": parts,
             }  # fmt: skip
 
@@ -346,15 +366,18 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"{'GPUs':>5s}{'layers':>8s}{'ms a step':>11s}{'ratio':>8s}{'tokens/s':>13s}{'comm., ms':>11s}{'hidden':>8s}"
+        f"{'GPUs':>5s}{'layers':>8s}{'ms a step':>11s}{'ratio':>8s}{'to alone':>10s}{'tokens/s':>13s}{'comm., ms':>11s}"
+        f"{'hidden':>8s}"
     ]
     for row in (row for row in rows if row["op"] == "training_step"):
         total = sum(part["ms_with_waiting"] for part in row["collectives"])
         away = f"{100 * sum(part['hidden_ms'] for part in row['collectives']) / total:7.0f}%" if total else f"{'-':>8s}"
         lines.append(
-            f"{row['gpus']:5d}{row['layers']:8d}{row['ms']:11.2f}{row['ratio']:8.3f}{row['tokens_per_second']:13,d}"
-            f"{sum(part['ms'] for part in row['collectives']):11.3f}{away}"
+            f"{row['gpus']:5d}{row['layers']:8d}{row['ms']:11.2f}{row['ratio']:8.3f}{row['ratio_to_alone']:10.3f}"
+            f"{row['tokens_per_second']:13,d}{sum(part['ms'] for part in row['collectives']):11.3f}{away}"
         )
+        if row["gpus"] > 1:
+            lines.append(f"{'':13s}each card alone: {', '.join(f'{ms:.2f}' for ms in row['alone_ms'])} ms")
         for part in row["collectives"]:
             times = f"{part['ms']:.4f} ms, {part['ms_with_waiting']:.4f} with waiting, hidden {part['hidden_ms']:.4f}"
             size = f"{part['bytes'] / 1e6:.2f} MB"
@@ -421,7 +444,7 @@ def main(arguments: list[str]) -> int:
         epilog="any other option is a setting of train.py's: --data-path, --preset, --kernels ...",
     )  # fmt: skip
     parser.add_argument("--gpus", nargs="+", type=int, help="default: 1, 2, 4 ... of those that are there")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each depth")
+    parser.add_argument("--steps", type=int, default=100, help="timed steps of each depth")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="compare loss curves of so many steps")
     parser.add_argument("--predict", nargs=2, type=float, metavar="MS", help="only the model, from a step on one GPU")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/scaling-<gpu>.json")

@@ -101,7 +101,7 @@ class Optimizer:
     def _bank(self, parameter: Tensor) -> _Bank:
         count, rows, columns = parameter.shape
         share = -(-count // self.ranks.world_size)
-        momentum = torch.zeros(share, rows, columns, device=parameter.device)
+        momentum = parameter.detach().new_zeros(share, rows, columns)
         # A single rank sends nothing and needs no buffers.
         alone = self.ranks.world_size == 1
         dtype = self.model.dtype
@@ -197,7 +197,7 @@ class Optimizer:
 
     def _norm(self, shards: list[Tensor]) -> Tensor:
         """Norm of the whole mean gradient, () float32, the same on every rank."""
-        of_shards = torch.stack(torch._foreach_norm(shards, dtype=torch.float32))
+        of_shards = torch.stack(torch._foreach_norm(shards, dtype=self.bucket.dtype))
         squares = self.ranks.all_reduce(torch.dot(of_shards, of_shards))
         of_rest = torch.linalg.vector_norm(self.bucket)
         return torch.addcmul(squares, of_rest, of_rest).sqrt_()

@@ -86,7 +86,7 @@ class Trainer:
                 part.lap("forward and backward")
                 self.optimizer.step(0, 1.0)
                 part.lap("optimizer")
-                parts[str(len(depth))] = part.ms  # of the last one
+            parts[str(len(depth))] = part.ms  # of the last one
         self.run.write_json("parts.json", parts)
         collect_hessians(self.model, depth, [tokens[:, :-1].contiguous()], self.ranks)  # calibration is on the clock
         with torch.no_grad():

@@ -21,7 +21,7 @@ def sign_in_last_bit(b_value, b_signed, dtype: tl.constexpr):
     """Round value >= 0 to the nearest number of dtype whose last mantissa bit is the sign bit of signed, a float32."""
     b_sign = b_signed.to(tl.int32, bitcast=True) >> 15 & 0x10000
     if dtype == tl.bfloat16:
-        # Such numbers are two units of bfloat16 apart: 2^17 in the bits of a float32. Higher bits of a NaN would overflow.
+        # Such numbers are two units of bfloat16 apart: 2^17 in the bits of a float32. Other NaNs would overflow.
         b_bits = tl.minimum(b_value.to(tl.int32, bitcast=True), 0x7FC00000)
         b_bits = ((b_bits - b_sign + 0x10000) & -0x20000) | b_sign
         b_out = b_bits.to(tl.float32, bitcast=True).to(tl.bfloat16)

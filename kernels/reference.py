@@ -260,17 +260,17 @@ def logits(
     x: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     softcap: float,
-) -> Tensor:  # (..., V) float32
-    """softcap * tanh(x weight^T / softcap) in float32."""
+) -> Tensor:  # (..., V) float32; float64 of float64
+    """softcap * tanh(x weight^T / softcap) in that dtype."""
     return softcapped(F.linear(x, weight), softcap)
 
 
 def softcapped(
     x: Tensor,  # (..., V)
     softcap: float,
-) -> Tensor:  # (..., V) float32
-    """softcap * tanh(x / softcap) in float32."""
-    return softcap * torch.tanh(x.float() / softcap)
+) -> Tensor:  # (..., V) float32; float64 of float64
+    """softcap * tanh(x / softcap) in that dtype."""
+    return softcap * torch.tanh(x.to(torch.promote_types(x.dtype, torch.float32)) / softcap)
 
 
 def linear_cross_entropy(
@@ -404,7 +404,7 @@ def muon_momentum(
     """m <- mu m + g and Nesterov's u = g + mu m, with g = clip * gradient; row_norm: each row of u over its length."""
     found = []
     for gradient, momentum in zip(gradients, momenta, strict=True):
-        g = gradient.float() * clip
+        g = gradient.to(momentum.dtype) * clip
         momentum.mul_(mu).add_(g)
         u = g.add(momentum, alpha=mu)
         if row_norm:
@@ -446,7 +446,7 @@ def adamw_update(
     """AdamW (arXiv 1711.05101) on clip * gradient, as torch.optim.AdamW; then the EMA."""
     beta1, beta2 = betas
     sizes = [p.numel() for p in parameters]
-    g = gradient.float() * clip
+    g = gradient.to(average.dtype) * clip
     average.lerp_(g, 1.0 - beta1)
     square.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
     change = (average / (square.sqrt() / (1.0 - beta2**step) ** 0.5 + eps)).split(sizes)

@@ -262,11 +262,7 @@ def check_kernels(device: str, shapes: Any, gradient_dtype: torch.dtype, u_dtype
         for step in range(2):
             gradients = [g.to(gradient_dtype) for g in normal(shapes, device, 2 + step)]
             u = kernels.muon_momentum(gradients, momenta, clip, 0.95, row_norm, u_dtype)
-            wanted = []
-            for g, m in zip(gradients, exact, strict=True):
-                m.mul_(0.95).add_(g.double() * clip.double())
-                v = g.double() * clip.double() + 0.95 * m
-                wanted.append(v / (v.norm(dim=-1, keepdim=True) + 1e-7) if row_norm else v)
+            wanted = reference.muon_momentum(gradients, exact, clip.double(), 0.95, row_norm, torch.float64)
             close(momenta, exact, 3e-7)
             close(u, wanted, 3e-7 if u_dtype == torch.float32 else 2e-3)
 
@@ -286,21 +282,12 @@ def check_kernels(device: str, shapes: Any, gradient_dtype: torch.dtype, u_dtype
     square.abs_()
     gradient = gradient.to(gradient_dtype)
     exact_p = [p.double() for p in parameters]
-    exact_flat = [x.double() for x in (average, square, ema)]
+    exact_average, exact_square, exact_ema = exact_flat = [x.double() for x in (average, square, ema)]
     lrs, decays = [0.03, 0.01, 0.02, 0.01], [0.1, 0.0, 0.2, 0.3]
     for step in (1, 2, 100):
-        settings = (clip, lrs, decays, (0.9, 0.95), 1e-8, step, 0.99)
-        kernels.adamw_update(parameters, gradient, average, square, ema, *settings)
-        # The reference itself takes gradients in float32; here they keep their double.
-        exact_average, exact_square, exact_ema = exact_flat
-        g = gradient.double() * clip.double()
-        exact_average.lerp_(g, 0.1)
-        exact_square.mul_(0.95).addcmul_(g, g, value=0.05)
-        change = exact_average / (exact_square.sqrt() / (1 - 0.95**step) ** 0.5 + 1e-8)
-        sizes = [p.numel() for p in parameters]
-        for p, x, e, lr, wd in zip(exact_p, change.split(sizes), exact_ema.split(sizes), lrs, decays, strict=True):
-            p.mul_(1 - lr * wd).sub_(x.view_as(p), alpha=lr / (1 - 0.9**step))
-            e.lerp_(p.flatten(), 0.01)
+        settings = (lrs, decays, (0.9, 0.95), 1e-8, step, 0.99)
+        kernels.adamw_update(parameters, gradient, average, square, ema, clip, *settings)
+        reference.adamw_update(exact_p, gradient, exact_average, exact_square, exact_ema, clip.double(), *settings)
     close([*parameters, average, square, ema], [*exact_p, *exact_flat], 1e-6)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from bench.common import short_name
 from bench.runs import compare
-from gpt.config import PRESETS, ROOT
+from bench.scaling import INFINIBAND, NVLINK, expect
+from gpt.config import PRESETS, ROOT, build_config
 
 PEERS = {"cudnn+xsa": "cuDNN", "fa4+xsa": "FlashAttention-4", "flex+xsa": "FlexAttention", "compiled": "compiled"}
 README = (ROOT / "README.md").read_text()
@@ -99,6 +100,37 @@ def test_ops_are_the_data() -> None:
             cells[column], best = f"{ours:.3f}", min(peers, key=peers.__getitem__)
             cells[column + 2] = f"{peers[best]:.3f} {PEERS[best]}"
         assert found[name] == cells
+
+
+def test_several_gpus_are_the_data() -> None:
+    found = rows("scaling-h100.json")["rows"]
+    steps = [row for row in found if row["op"] == "training_step"]
+    assert [(row["gpus"], row["layers"]) for row in steps] == [(1, 11), (1, 14), (2, 11), (2, 14)]
+    lines = {line.split("|")[1].strip(): line.split("|")[2:4] for line in README.splitlines() if line.count("|") == 4}
+
+    def sums(key: str) -> list[str]:
+        return [f"{sum(part[key] for part in row['collectives']):.2f}" for row in steps[2:]]
+
+    for name, figures in {
+        "one GPU": [f"{row['ms']:.1f}" for row in steps[:2]],
+        "two GPUs": [f"{row['ms']:.1f}" for row in steps[2:]],
+        "ratio": [f"{row['ratio']:.3f}" for row in steps[2:]],
+        "collectives": sums("ms"),
+        "collectives, with waiting": sums("ms_with_waiting"),
+    }.items():
+        assert [cell.strip() for cell in lines[name]] == figures
+    text = README.replace("\n", " ")
+    _, again, two = (row for row in found if row["op"] == "loss_curve")
+    assert f"at most {two['worst_difference']:.4f}, means of 25 steps by {two['worst_mean_difference']:.4f};" in text
+    assert f"again, by {again['worst_difference']:.4f} and {again['worst_mean_difference']:.4f}." in text
+
+    alone = (round(steps[0]["ms"], 1), round(steps[1]["ms"], 1))
+    assert f"--predict {alone[0]} {alone[1]}`" in text
+    config = build_config(preset="seed", max_wallclock_seconds=600.0)
+    eight, sixteen = expect(config, alone, 8, NVLINK), expect(config, alone, 16, INFINIBAND)
+    assert f"take {eight.ms[0]:.1f} and {eight.ms[1]:.1f} ms for the seed's" in text
+    assert f"{eight.steps:,} steps in 600 s" in text
+    assert f"each GPU {sixteen.ms[0]:.1f} and {sixteen.ms[1]:.1f} ms, {sixteen.steps:,} steps." in text
 
 
 def test_starts_are_the_data() -> None:

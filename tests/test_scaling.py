@@ -118,6 +118,10 @@ def test_the_program_on_processes_of_a_cpu(tmp_path: Path) -> None:
     assert [(row["gpus"], row["layers"]) for row in steps] == [(1, 2), (1, 3), (2, 2), (2, 3)]
     assert [row["ratio"] for row in steps] == [1.0, 1.0, *(pytest.approx(b["ms"] / a["ms"], abs=1e-4) for a, b in
                                                            zip(steps[:2], steps[2:], strict=True))]  # fmt: skip
+    for row in steps:
+        assert len(row["alone_ms"]) == row["gpus"]
+        assert row["ratio_to_alone"] == pytest.approx(row["ms"] * row["gpus"] / sum(row["alone_ms"]), abs=1e-3)
+    assert done.stdout.count("each card alone") == 2
     one, again, two = (row for row in record["rows"] if row["op"] == "loss_curve")
     assert len(one["losses"]) == 4
     assert one["losses"][-1] != one["losses"][0]
