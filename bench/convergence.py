@@ -34,7 +34,8 @@ from kernels import select
 def run(config: Config, kernels: str, ranks: Ranks, steps: int) -> dict[str, Any]:
     """Train `steps` steps from the start. Compiling happens in steps that no median sees."""
     model = GPT(config, select(kernels, ranks.device), ranks.dtype).initialise(config.seed).to(ranks.device)
-    optimizer, forward_backward = Optimizer(model, config, ranks), micro_step(model, model.rotary(2048))
+    optimizer = Optimizer(model, config, ranks)
+    forward_backward = micro_step(model, model.rotary(2048), [config.depth(x) for x in (False, True)])
     losses, events = [], [torch.cuda.Event(enable_timing=True)]
     begin = time.perf_counter()
     with TrainLoader(config, 0, 1, ranks.device) as loader:

@@ -198,7 +198,9 @@ class Bench:
         model = GPT(config, select(config.kernels, ranks.device), ranks.dtype)
         self.model = model.initialise(config.seed).to(ranks.device)
         self.optimizer = Optimizer(self.model, config, ranks)
-        self.forward_backward = micro_step(self.model, self.model.rotary(config.train_seq_len))
+        self.forward_backward = micro_step(
+            self.model, self.model.rotary(config.train_seq_len), [config.depth(x) for x in (False, True)]
+        )
         self.loader = TrainLoader(config, ranks.rank, ranks.world_size, ranks.device)
         self.clock, self.done, self.losses = Clock(ranks), 0, list[float]()
         self.clock.start()

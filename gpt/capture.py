@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,13 @@ from gpt.model import GPT
 MicroStep = Callable[[Tensor, Tensor, tuple[int, ...], float], Tensor]
 
 
-def micro_step(model: GPT, rotary: tuple[Tensor, Tensor]) -> MicroStep:
-    """Forward and backward of `model`: captured where its ops never wait for the host, else through their graph."""
+def micro_step(model: GPT, rotary: tuple[Tensor, Tensor], depths: Sequence[tuple[int, ...]] = ()) -> MicroStep:
+    """Forward and backward of `model`: captured where its ops never wait for the host, else through their graph.
+
+    depths: those that will be asked for, as far as they are known.
+    """
     if model.ops.capturable and rotary[0].is_cuda:
-        return Captured(model, rotary)
+        return Captured(model, rotary, depths)
     function = model.ops.graph(model)
 
     def plain(tokens: Tensor, targets: Tensor, depth: tuple[int, ...], weight: float) -> Tensor:
@@ -43,12 +46,16 @@ class Captured:
     A step's first micro-step has a graph of its own: it writes gradients where the others add to them. They lie where
     the graph put them, so a step has to use them up, and set `.grad` to None, before the next begins, as Optimizer.step
     does. All graphs share their memory. Hooks of parameters do not run.
+
+    Before its capture a depth runs once as it is, so that all its kernels are compiled; all of `depths` do so before
+    the first capture: beside the memory that graphs keep, a run would need that of a step once more.
     """
 
-    def __init__(self, model: GPT, rotary: tuple[Tensor, Tensor]) -> None:
-        self.model, self.rotary = model, rotary
+    def __init__(self, model: GPT, rotary: tuple[Tensor, Tensor], depths: Sequence[tuple[int, ...]] = ()) -> None:
+        self.model, self.rotary, self.depths = model, rotary, tuple(depths)
         self.parameters = list(model.parameters())
         self._graphs: dict[tuple[object, ...], _Graph] = {}
+        self._compiled: set[tuple[object, ...]] = set()  # shapes of tokens and depths
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
@@ -69,7 +76,10 @@ class Captured:
         held = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._run(tokens, targets, depth, weight)  # once as it is, so that all kernels are compiled
+            for each in (*self.depths, depth):
+                if (tokens.shape, each) not in self._compiled:
+                    self._run(tokens, targets, each, weight)
+                    self._compiled.add((tokens.shape, each))
         graph = torch.cuda.CUDAGraph()
         # Other threads (data, NCCL) go on meanwhile, and what they call is none of this capture's business.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):

@@ -59,6 +59,7 @@ def summarise(
         else None,
         "train_loss": trained.train_loss if math.isfinite(trained.train_loss) else None,
         "depth": trained.depth,
+        "memory_gib": None if trained.memory_gib is None else round(trained.memory_gib, 2),
         "scores": scores,
         "artifact": packed.as_dict(),
     }

@@ -40,6 +40,7 @@ class Trained:
     seconds: float  # on the clock
     train_loss: float  # of the last step, nats per token
     depth: tuple[int, ...]  # of the last step
+    memory_gib: float | None  # most that was reserved on this rank's GPU
 
 
 def lr_factor(config: Config, progress: float) -> float:
@@ -58,7 +59,8 @@ class Trainer:
         self.optimizer = Optimizer(model, config, ranks)
         self.accumulation = config.accumulation(ranks.world_size)
         self.cap = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else 0.0
-        self._micro_step = micro_step(model, model.rotary(config.train_seq_len))
+        self.depths = tuple(dict.fromkeys((config.depth(False), config.depth_at(config.iterations))))
+        self._micro_step = micro_step(model, model.rotary(config.train_seq_len), self.depths)
 
     def warm_up(self) -> float:
         """Run each depth on random tokens, so that everything is compiled and allocated, and restore the state.
@@ -71,7 +73,7 @@ class Trainer:
         weights = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator(self.ranks.device).manual_seed(config.seed)
         parts: dict[str, dict[str, float]] = {}
-        for depth in dict.fromkeys((config.depth(False), config.depth_at(config.iterations))):
+        for depth in self.depths:
             for _ in range(config.warmup_steps):
                 part = Stopwatch(self.ranks.device)
                 for micro in range(self.accumulation):
@@ -133,7 +135,8 @@ class Trainer:
         self.model.load_state_dict(self.optimizer.ema_state())
         self.run.draw_curves()
         del self._micro_step  # a captured one holds the memory of a whole step
-        return Trained(step, clock.elapsed, train_loss, self._last_depth(step))
+        memory = torch.cuda.max_memory_reserved() / 2**30 if self.ranks.device.type == "cuda" else None
+        return Trained(step, clock.elapsed, train_loss, self._last_depth(step), memory)
 
     def _loop(
         self,

@@ -257,7 +257,7 @@ def test_a_captured_micro_step_is_the_same_as_launched_ones(document_mask: bool)
     config = small_config(document_mask)
     model = GPT(config, select("auto", device), torch.bfloat16).initialise(3).to(device)
     rotary = model.rotary(512)
-    captured = micro_step(model, rotary)
+    captured = micro_step(model, rotary, (config.depth(False), config.depth(True)))
     assert isinstance(captured, Captured)
     generator = torch.Generator().manual_seed(5)
     for step, depth in enumerate((config.depth(False), config.depth(True), config.depth(False), config.depth(True))):
