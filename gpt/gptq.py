@@ -36,7 +36,6 @@ BLOCK = 128  # columns between two updates of all the columns that remain
 # float16's eleven bits would cost 0.2% of the artifact more.
 SCALE_BITS = 5
 FLOOR = 0.1  # of the mean F of a matrix, added to each: a token that no calibration text had will occur
-FINEST = 4.5  # standard deviations, at least, that codes reach
 DAMPING = (0.01, 0.1, 1.0)  # of the mean of diag(H), added to it: the usual one, then what is tried where that fails
 
 # The kinds of input behind each quantised parameter: a bank holds all layers of the first kind, then of the next.
@@ -225,6 +224,12 @@ def balanced_clips(
             raise QuantisationError(f"{name}: gradients on calibration data are not finite")
     median = torch.cat([clip.flatten() for name, clip in clips.items() if name in BANKS]).median()
     return {name: (clip / median).clamp_max(1e4).float() for name, clip in clips.items()}
+
+
+def reach(weight: Tensor) -> Tensor:  # (..., rows, columns) -> (..., rows)
+    """The clip at which the codes just reach a row's largest weight."""
+    weight = weight.float()
+    return weight.abs().amax(-1) / weight.std(-1).clamp_min(1e-30)
 
 
 def row_scales(

@@ -16,7 +16,6 @@ from gpt import artifact
 from gpt.config import ARTIFACT_LIMIT
 from gpt.distributed import Ranks
 from gpt.gptq import (
-    FINEST,
     INPUTS,
     Energies,
     Hessians,
@@ -29,6 +28,7 @@ from gpt.gptq import (
     output_error,
     parameter_factors,
     quantise,
+    reach,
     stacked,
     without_dead_neurons,
 )
@@ -69,7 +69,7 @@ class Packed:
     nbytes: int
     code_nbytes: int
     limit: int
-    clip_sigmas: float  # median of the matrices' rows, before those too fine for their kind were raised
+    clip_sigmas: float  # median of the matrices' rows, before those that would cut weights off are raised
     attempts: int  # times that the model was quantised
     groups: tuple[Group, ...]
     dead_neurons: int  # of the MLPs, that reach nothing and are left out
@@ -174,18 +174,21 @@ def _pack(
     vectors = {name: _half(weight) for name, weight in weights.items() if name not in INPUTS}
     weights = {name: weights[name] for name in INPUTS}
     factors = parameter_factors(hessians, config)
-    start, least, clips = config.matrix_clip_sigmas, FINEST, {}
     if given:
-        start, least = given[BANKS[0]], 0.0
-        clips = {name: weights[name].new_full(weights[name].shape[:-1], given[name] / start) for name in INPUTS}
-    elif energies:
+        start = given[BANKS[0]]
+        clips = {name: weight.new_full(weight.shape[:-1], given[name] / start) for name, weight in weights.items()}
+        least = {name: torch.zeros_like(clip) for name, clip in clips.items()}
+    else:
+        assert energies
+        start = config.matrix_clip_sigmas
         clips = balanced_clips(weights, KINDS, energies, hessians, factors, config)
+        least = {name: reach(weight) for name, weight in weights.items()}
     seconds["quantise"] += time.perf_counter() - begin
 
     def packed(clip_sigmas: float) -> tuple[Tensors, bytes]:
         begin = time.perf_counter()
         matrices = {
-            name: quantise(weight, factors[name], (clip_sigmas * clips[name]).clamp_min(least), KINDS[name], block)
+            name: quantise(weight, factors[name], (clip_sigmas * clips[name]).maximum(least[name]), KINDS[name], block)
             for name, weight in weights.items()
         }
         matrices["mlp_up_bank"] = without_dead_neurons(matrices["mlp_up_bank"], matrices["mlp_down_bank"])
@@ -211,7 +214,7 @@ def _pack(
         error = output_error(
             bank, value.dequantise().to(bank.device).view_as(bank), torch.cat([by_kind[kind] for kind in kinds])
         )
-        sigmas = float((clip * clips[name]).clamp_min(least).median())
+        sigmas = float((clip * clips[name]).maximum(least[name]).median())
         groups.append(Group(name, value.kind, weight.numel(), streams[name], sigmas, error))
     down = tensors["mlp_down_bank"]
     assert isinstance(down, Quantised)
