@@ -31,7 +31,7 @@ from gpt.distributed import Ranks, distributed, run_program
 from gpt.generate import generate, stream_text
 from gpt.gptq import QuantisationError
 from gpt.ledger import LedgerError, audit_record, fingerprint, seal
-from gpt.model import GPT
+from gpt.model import BANKS, GPT
 from gpt.pack import pack
 from gpt.page import write_page
 from gpt.preflight import preflight
@@ -202,7 +202,6 @@ def pack_run(arguments: Namespace, ranks: Ranks) -> None:
         raise RecordError(f"{run.path} has not finished training; wanted a finished run: train.py --resume {run.path}")
     changes = {
         "matrix_clip_sigmas": arguments.clip_sigmas,
-        "embed_clip_sigmas": arguments.embed_clip_sigmas,
         "gptq_calibration_batches": arguments.calibration_batches,
     }
     config = config.model_copy(update={name: value for name, value in changes.items() if value is not None})
@@ -220,6 +219,9 @@ def pack_run(arguments: Namespace, ranks: Ranks) -> None:
         arguments.out or run.path / "repacked.pga",
         ranks,
         count_code(ROOT),
+        clips=dict.fromkeys(BANKS, arguments.sdclip[0]) | {"tok_emb": arguments.sdclip[1]}
+        if arguments.sdclip
+        else None,
     )
     if ranks.main:
         print(f"{packed.table()}\n{packed.path}  sha256 {packed.sha256}")
@@ -334,8 +336,15 @@ def parse(arguments: list[str]) -> Namespace:
     command = commands.add_parser("pack", parents=[machine], help="quantise a finished run's EMA weights again")
     command.set_defaults(run=pack_run)
     command.add_argument("path", type=Path, metavar="RUN", help="folder of the run")
-    command.add_argument("--clip-sigmas", type=number(float, 0.1), help="start of the search; default: the run's")
-    command.add_argument("--embed-clip-sigmas", type=number(float, 0.1), help="default: the run's")
+    clip = command.add_mutually_exclusive_group()
+    clip.add_argument("--clip-sigmas", type=number(float, 0.1), help="start of the search; default: the run's")
+    clip.add_argument(
+        "--sdclip",
+        type=number(float, 0.1),
+        nargs=2,
+        metavar=("MATRICES", "EMBEDDING"),
+        help="one clip for all rows, as the seed had it: 12.85 20",
+    )
     command.add_argument("--calibration-batches", type=number(int, 1), help="default: the run's")
     command.add_argument("--out", type=Path, help="file to write; default: RUN/repacked.pga")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")

@@ -7,7 +7,7 @@
 
 Numbers are little-endian. There is a stream for each quantised parameter, of its codes as gpt/entropy.py writes them,
 and one Brotli stream of all scales and vectors, byte planes apart: the low bytes of float16 are noise, the high ones
-compress. Version 1 had the codes in Brotli; it is not read any more.
+compress. Version 1 had the codes in Brotli, version 2 in streams without sizes of rows; they are not read any more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gpt.packed import PackedGPT
 from gpt.record import write_atomic
 from kernels import Ops, select
 
-MAGIC, VERSION = b"GPTGOLF\n", 2
+MAGIC, VERSION = b"GPTGOLF\n", 3
 PREFIX = struct.Struct("<8sIIQ")
 DIGEST = 32
 # Bounds on what a file may ask for, far above any model that fits in 16 MB.

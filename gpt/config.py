@@ -43,6 +43,7 @@ SEED_ONLY = {
 SEED_RENAMED = {
     "XSA_LAST_N": "XSA is in all layers",
     "WARMDOWN_ITERS": "the warm-down is a fraction of the run: WARMDOWN_FRAC",
+    "EMBED_CLIP_SIGMAS": "every row's clip follows from its share in the loss; --sdclip of quantize.py pack has both",
     "EMBED_LR": "the embedding is tied: TIED_EMBED_LR",
     "HEAD_LR": "the embedding is tied: TIED_EMBED_LR",
     "TARGET_MB": "the limit is 16,000,000 bytes, code included",
@@ -163,11 +164,11 @@ class Config(BaseModel):
 
     # Quantisation.
     matrix_clip_sigmas: float = Field(6.0, gt=0)
-    """Scale of a row = clip_sigmas * std(row) / 31. Raised by the packer until the artifact fits; the least sensible
-    one, so that the artifact fills the limit (the seed's 9.5 would leave a part unused)."""
-    embed_clip_sigmas: float = Field(20.0, gt=0)
+    """Median over the rows of matrices of scale / std(row) * 31; of one row it is what its share in the loss says.
+    Raised by the packer until the artifact fits; the least sensible one, so that the artifact fills the limit."""
     gptq_calibration_batches: int = Field(32, ge=1)
-    """Batches of micro_batch_tokens of training data behind the Hessians, all ranks together."""
+    """Batches of micro_batch_tokens of training data behind the Hessians, all ranks together; the first row of each is
+    behind the gradients."""
 
     # Scoring.
     eval_seq_len: int = Field(0, ge=0)

@@ -354,8 +354,9 @@ def calibration_batches(
 ) -> Iterator[Tensor]:
     """This rank's share of ``count`` batches of training rows for the quantiser, drawn by seed without repetition.
 
-    Yields (rows, train_seq_len) int64 on the device, micro_batch_tokens at most. The batches of all ranks together are
-    the same for every world size; rank r has the r-th, the (r + world_size)-th and so on.
+    Yields (rows, train_seq_len + 1) int64 on the device, each row with its last target, as many rows as
+    micro_batch_tokens hold. The batches of all ranks together are the same for every world size; rank r has the r-th,
+    the (r + world_size)-th and so on.
     Raises DataError, at the call, where the training shards have fewer rows; what they hold is read batch by batch.
     """
     stream = TokenStream(train_shards(config.data_path), config.vocab_size, config.held_out_tokens)
@@ -368,7 +369,7 @@ def calibration_batches(
         )
     generator = np.random.default_rng([config.seed, CALIBRATION])
     drawn = generator.choice(rows.count, (count, each), replace=False)
-    host = (torch.from_numpy(rows.read(batch)[:, :-1].astype(np.int32)) for batch in drawn[rank::world_size])
+    host = (torch.from_numpy(rows.read(batch).astype(np.int32)) for batch in drawn[rank::world_size])
     return (batch.to(device).to(torch.int64) for batch in host)
 
 

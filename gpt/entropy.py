@@ -1,20 +1,22 @@
-"""Lossless coding of a quantised parameter: interleaved rANS under a model that learns how large each column is.
+"""Lossless coding of a quantised parameter: interleaved rANS under a model of how large rows and columns are.
 
-Codes of a trained matrix look like independent Gaussians whose variance differs from column to column and hardly from
-row to row, as scales follow rows (bench/pack.py measures this and what else was tried: bench/results/pack-cpu.json). So
-the model of a code is one of CLASSES histograms, chosen by the mean square of the column's codes so far. Nothing is
-sent for the columns. Rows that equal an earlier one (tokens that never occurred, neurons that died) are named instead
-of coded.
+Codes of a trained matrix look like independent Gaussians whose variance is that of their column times that of their row
+(bench/pack.py measures this and what else was tried: bench/results/pack-cpu.json). Each row says how large its codes
+are; nothing is sent for the columns, whose mean squares, in codes divided by the size of their row, are learned on the
+way. Together they choose one of CLASSES histograms. Rows that equal an earlier one (tokens that never occurred, neurons
+that died) are named instead of coded.
 
-    P(code) = frequencies[class, code + levels] / 2^PRECISION,  class = number of thresholds <= mean_square[column]
-    mean_square += floor((code^2 * 2^FRACTION - mean_square) / min(WINDOW, PRIOR + rows before)),  START in each matrix
+    size[row] = mean square of the row's codes = 2^((s - UNIT) / PER_OCTAVE), of which s, an integer, is in the model
+    P(code) = frequencies[class, code + levels] / 2^PRECISION
+    class = PER_OCTAVE log2(size[row] mean_square[column]) + OFFSET, rounded down and kept in 0..CLASSES - 1
+    mean_square += floor((code^2 / size[row] - mean_square) / min(WINDOW, PRIOR + rows before)), 1 before each matrix,
+        in fixed point, after rows of codes that say something about it: a size of 1/4 at least
 
-A stream is, little-endian: bytes of the model (uint32); the model, Brotli: START (uint32), thresholds (int32), for each
-row 0 or 1 + the earlier row that it equals (uint32), frequencies (uint16), byte planes apart; then the lanes' states
-(uint32) and the words (uint16) that the lanes take. Lane j codes columns j, j + LANES, ... of each row; its state lies
-in [2^16, 2^32) and takes a word where it falls below (rANS: J. Duda, arXiv 1311.2540; lanes: F. Giesen, arXiv
-1402.3392). Decoding is integer arithmetic alone, so that all machines agree; floating point only helps the encoder
-choose its model.
+A stream is, little-endian: bytes of the model (uint32); the model, Brotli: for each row s (uint8) and 0 or 1 + the
+earlier row that it equals (uint32), frequencies (uint16), byte planes apart; then the lanes' states (uint32) and the
+words (uint16) that the lanes take. Lane j codes columns j, j + LANES, ... of each row; its state lies in [2^16, 2^32)
+and takes a word where it falls below (rANS: J. Duda, arXiv 1311.2540; lanes: F. Giesen, arXiv 1402.3392). Decoding is
+integer arithmetic alone, so that all machines agree; floating point only helps the encoder choose its model.
 """
 
 from __future__ import annotations
@@ -30,14 +32,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 LANES = 512  # each costs two bytes; numpy's time is that of its calls
-CLASSES = 32
+CLASSES = 64
 PER_OCTAVE = 4  # classes, in which the mean square doubles
+OFFSET = 24  # class of codes whose mean square is 1
+UNIT = 32  # s of a row whose mean square is 1
+SIZES = 96  # values of s
+LEARNED = UNIT - 2 * PER_OCTAVE  # least s of a row that columns learn from: of others the codes are nearly all 0
 PRECISION = 14  # bits of a probability
 FRACTION = 12  # bits of a mean square after the point
-PRIOR = 4  # rows that START counts for
+PRIOR = 4  # rows that the first mean square counts for
 WINDOW = 96  # rows that a mean looks back on, about
 LOWEST = 1 << 16  # state in which a lane begins, and below which it may not stay
 UINT32 = struct.Struct("<I")
+
+
+def _power(quarters: int, bits: int) -> int:
+    """2^(bits + quarters / PER_OCTAVE), in integers, which are the same on every machine."""
+    octaves, part = divmod(quarters, PER_OCTAVE)
+    shift = octaves + bits - 14
+    value = (16384, 19484, 23170, 27554)[part]
+    return value << shift if shift >= 0 else value >> -shift
+
+
+# A mean square's class, but for a constant, is how many of these are not above it.
+THRESHOLDS = np.array([_power(q, FRACTION) for q in range(-UNIT, UNIT)], np.int32)
+INVERSE = np.array([_power(UNIT - s, 28) for s in range(SIZES)], np.int64)  # 2^28 / size, by s
 
 
 class CodingError(ValueError):
@@ -81,8 +100,7 @@ def interleaved(data: bytes, width: int) -> bytes:
 class Model(NamedTuple):
     """What the decoder has to know besides shape and levels."""
 
-    start: int
-    thresholds: NDArray[np.int32]  # (CLASSES - 1,), rising
+    sizes: NDArray[np.uint8]  # (all rows,): s of each, 0 of one that is named
     first: NDArray[np.int64]  # (all rows,): the first row that equals this one
     frequencies: NDArray[np.uint16]  # (CLASSES, symbols), 2^PRECISION in each class
 
@@ -109,8 +127,15 @@ def _rows_before(first: NDArray[np.int64], rows: int) -> list[int]:
     return before
 
 
-def _update(mean_square: NDArray[np.int32], codes: NDArray[np.int32], before: int) -> None:
-    mean_square += ((codes * codes << FRACTION) - mean_square) // np.int32(min(WINDOW, PRIOR + before))
+def _classes(mean_square: NDArray[np.int32], size: int) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = THRESHOLDS.searchsorted(mean_square, "right") + (size - 2 * UNIT - 1 + OFFSET)
+    return np.minimum(np.maximum(found, 0), CLASSES - 1)
+
+
+def _update(mean_square: NDArray[np.int32], codes: NDArray[np.int32], size: int, before: int) -> None:
+    if size >= LEARNED:
+        squares = (codes * codes * INVERSE[size] >> 28 - FRACTION).astype(np.int32)
+        mean_square += (squares - mean_square) // np.int32(min(WINDOW, PRIOR + before))
 
 
 def _begins(frequencies: NDArray[np.uint16]) -> NDArray[np.uint32]:
@@ -132,19 +157,22 @@ def plan(
     seen: dict[bytes, int] = {}
     first = np.array([seen.setdefault(row.tobytes(), number) for number, row in enumerate(flat)], np.int64)
     kept = flat[list(seen.values())]
-    start = round(np.square(kept, dtype=np.float64).mean() * 2**FRACTION)
-    octaves = (np.arange(CLASSES - 1) - (CLASSES - 1) // 2) / PER_OCTAVE
-    thresholds = np.minimum(np.ceil(start * 2**octaves), 2**31 - 1).astype(np.int32)
+    means = np.square(kept, dtype=np.float64).mean(1).clip(2.0**-30)
+    sizes = np.zeros(len(flat), np.uint8)
+    sizes[list(seen.values())] = (np.rint(PER_OCTAVE * np.log2(means)) + UNIT).clip(0, SIZES - 1)
 
     symbols = 2 * levels + 1
     places = np.empty(kept.shape, np.uint16)
-    for row, place, before in zip(kept.astype(np.int32), places, _rows_before(first, rows), strict=True):
+    each = zip(
+        kept.astype(np.int32), places, sizes[list(seen.values())].tolist(), _rows_before(first, rows), strict=True
+    )
+    for row, place, size, before in each:
         if before == 0:
-            mean_square = np.full(columns, start, np.int32)
-        place[:] = thresholds.searchsorted(mean_square, "right") * symbols + (row + levels)
-        _update(mean_square, row, before)
+            mean_square = np.full(columns, 1 << FRACTION, np.int32)
+        place[:] = _classes(mean_square, size) * symbols + (row + levels)
+        _update(mean_square, row, size, before)
     counts = np.bincount(places.ravel(), minlength=CLASSES * symbols).reshape(CLASSES, symbols)
-    return Plan(Model(start, thresholds, first, np.stack([_shares(c) for c in counts])), places)
+    return Plan(Model(sizes, first, np.stack([_shares(c) for c in counts])), places)
 
 
 def _shares(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
@@ -163,8 +191,7 @@ def encode(plan: Plan) -> bytes:
     model, places = plan
     named = np.where(model.first == np.arange(len(model.first)), 0, model.first + 1)
     header = brotli.compress(
-        UINT32.pack(model.start)
-        + planes(model.thresholds.astype("<i4").tobytes(), 4)
+        model.sizes.tobytes()
         + planes(named.astype("<u4").tobytes(), 4)
         + planes(model.frequencies.astype("<u2").tobytes(), 2)
     )
@@ -193,21 +220,19 @@ def _want(condition: bool | np.bool, message: str) -> None:
 
 
 def _read_model(data: bytes, rows: int, symbols: int) -> Model:
-    sizes = (UINT32.size, 4 * (CLASSES - 1), 4 * rows, 2 * CLASSES * symbols)
-    content = decompress(data, sum(sizes))
-    parts = [content[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-    (start,) = UINT32.unpack(parts[0])
-    thresholds = np.frombuffer(interleaved(parts[1], 4), "<i4").astype(np.int32)
-    named = np.frombuffer(interleaved(parts[2], 4), "<u4").astype(np.int64)
-    frequencies = np.frombuffer(interleaved(parts[3], 2), "<u2").astype(np.uint16).reshape(CLASSES, symbols)
-    _want(start < 1 << 31, f"a mean square of {start} / 2^{FRACTION}")
-    _want((thresholds[1:] >= thresholds[:-1]).all(), "thresholds out of order")
+    lengths = (rows, 4 * rows, 2 * CLASSES * symbols)
+    content = decompress(data, sum(lengths))
+    parts = [content[end - size : end] for size, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    sizes = np.frombuffer(parts[0], np.uint8)
+    named = np.frombuffer(interleaved(parts[1], 4), "<u4").astype(np.int64)
+    frequencies = np.frombuffer(interleaved(parts[2], 2), "<u2").astype(np.uint16).reshape(CLASSES, symbols)
+    _want((sizes < SIZES).all(), f"a row of size {sizes.max(initial=0)}, wanted less than {SIZES}")
     _want((frequencies.sum(1, dtype=np.int64) == 1 << PRECISION).all(), "frequencies that do not add up")
     numbers = np.arange(rows)
     first = np.where(named == 0, numbers, named - 1)
     # In this order: only rows that exist are looked up.
     _want((first <= numbers).all() and (first[first] == first).all(), "a row that equals no coded row before it")
-    return Model(start, thresholds, first, frequencies)
+    return Model(sizes, first, frequencies)
 
 
 def decode(data: bytes, shape: Sequence[int], levels: int) -> NDArray[np.int8]:
@@ -234,8 +259,9 @@ def decode(data: bytes, shape: Sequence[int], levels: int) -> NDArray[np.int8]:
     coded = np.flatnonzero(model.first == np.arange(len(model.first))).tolist()
     for number, before in zip(coded, _rows_before(model.first, rows), strict=True):
         if before == 0:
-            mean_square = np.full(columns, model.start, np.int32)
-        classes = model.thresholds.searchsorted(mean_square, "right")
+            mean_square = np.full(columns, 1 << FRACTION, np.int32)
+        size = int(model.sizes[number])
+        classes = _classes(mean_square, size)
         for column in range(0, columns, LANES):
             chosen = classes[column : column + LANES]
             x = states[: len(chosen)]
@@ -251,6 +277,6 @@ def decode(data: bytes, shape: Sequence[int], levels: int) -> NDArray[np.int8]:
             row[column : column + LANES] = symbol
         row -= levels
         codes[number] = row
-        _update(mean_square, row, before)
+        _update(mean_square, row, size, before)
     _want(position == len(words) and (states == LOWEST).all(), "data go on after the last code")
     return codes[model.first].reshape(tuple(shape))

@@ -4,12 +4,19 @@ For a matrix W (rows, columns) with inputs X (tokens, columns), GPTQ (arXiv 2210
 moves each column's error onto the columns not yet rounded, through the upper Cholesky factor of H^-1 with H = X^T X.
 The scale of a row is clip_sigmas * std(row) / levels (SDClip, pull request 1394 of openai/parameter-golf) to SCALE_BITS
 bits, floored only against zero.
+
+Where SDClip has one clip for all rows, `balanced_clips` gives every row its own. To second order, errors e of row r of
+a matrix raise the loss by F[r] |e|^2 / 2, F[r] the mean square of the gradient of one of the row's weights (the Fisher
+information's diagonal, averaged over the row), and GPTQ with steps s leaves |e|^2 = rho s^2 columns / 12, rho as the
+Hessian has it. A weight costs log2(1 / s) bits and a constant, so that the least loss for given bits has the same
+F[r] rho s[r]^2 in all rows of all parameters: s[r] ~ (F[r] rho)^-1/2. The coder makes bits continuous in the step, so
+nothing is gained by widths of 5, 6, 7 and 8 bits.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -19,7 +26,7 @@ from torch import Tensor
 
 from gpt.config import Config
 from gpt.distributed import Ranks
-from gpt.model import GPT
+from gpt.model import BANKS, GPT
 from kernels import reference
 
 IntKind = Literal["int6", "int8"]
@@ -28,6 +35,7 @@ BLOCK = 128  # columns between two updates of all the columns that remain
 # Significant bits of a scale, so that it is within 3% of SDClip's. What one row loses in error it gains in bytes;
 # float16's eleven bits would cost 0.2% of the artifact more.
 SCALE_BITS = 5
+FLOOR = 0.1  # of the mean F of a matrix, added to each: a token that no calibration text had will occur
 DAMPING = (0.01, 0.1, 1.0)  # of the mean of diag(H), added to it: the usual one, then what is tried where that fails
 
 # The kinds of input behind each quantised parameter: a bank holds all layers of the first kind, then of the next.
@@ -39,6 +47,7 @@ INPUTS = {
     "tok_emb": ("head",),
 }
 
+Energies = dict[str, Tensor]  # parameter -> (..., rows) float32
 Hessians = dict[tuple[str, int], Tensor]  # (kind, physical layer) -> (columns, columns) float32
 
 
@@ -83,6 +92,16 @@ def _gram(x: Tensor) -> Tensor:  # (tokens, columns) -> (columns, columns) float
     return x.float().mT @ x.float()
 
 
+def _eager(model: GPT) -> GPT:
+    """The same parameters, to be run without a graph."""
+    runner = copy.copy(model)
+    runner.ops = model.ops.reproducible()
+    if model.config.document_mask:
+        # FlexAttention outside a graph is the slow fall-back that stores all scores.
+        runner.ops = replace(runner.ops, attention=model.ops.graph(runner.ops.attention))
+    return runner
+
+
 @torch.no_grad()
 def collect_hessians(model: GPT, depth: Sequence[int], batches: Iterable[Tensor], ranks: Ranks) -> Hessians:
     """H = X^T X of the input of every matrix of the very model that is exported, summed over batches and ranks.
@@ -101,10 +120,7 @@ def collect_hessians(model: GPT, depth: Sequence[int], batches: Iterable[Tensor]
     def tap(kind: str, layer: int, x: Tensor) -> None:
         hessians[kind, layer] += _gram(x.flatten(0, -2))
 
-    runner = copy.copy(model)  # the same parameters
-    if config.document_mask:
-        # FlexAttention outside a graph is the slow fall-back that stores all scores.
-        runner.ops = replace(model.ops, attention=model.ops.graph(model.ops.attention))
+    runner = _eager(model)
     with _full_float32():
         for tokens in batches:
             runner.hidden(tokens, depth, model.rotary(tokens.size(1)), tap)
@@ -113,6 +129,24 @@ def collect_hessians(model: GPT, depth: Sequence[int], batches: Iterable[Tensor]
     if not hessians["head", 0].any():
         raise QuantisationError("no calibration batches: wanted at least one on some rank")
     return hessians
+
+
+def collect_energies(model: GPT, depth: Sequence[int], rows: Iterable[Tensor], ranks: Ranks) -> Energies:
+    """For every row of each quantised parameter the sum over its columns of squared gradients of the mean loss, summed
+    over rows of text and ranks: F but for a constant, since the gradients of single tokens hardly correlate.
+
+    rows: this rank's, each (1, T + 1) int64 on the model's device, few: every one takes a backward pass. Not on the
+    tape: gradients of the parameters stay as they are.
+    """
+    runner, weights = _eager(model), [model.get_parameter(name) for name in INPUTS]
+    energies = [torch.zeros(weight.shape[:-1], device=ranks.device) for weight in weights]
+    for tokens in rows:
+        loss = runner(tokens[:, :-1], tokens[:, 1:], depth, model.rotary(tokens.size(1) - 1))
+        for energy, gradient in zip(energies, torch.autograd.grad(loss, weights), strict=True):
+            energy += gradient.float().square().sum(-1)
+    for energy in energies:
+        ranks.all_reduce(energy)
+    return dict(zip(INPUTS, energies, strict=True))
 
 
 def stacked(hessians: Hessians, config: Config) -> dict[str, Tensor]:
@@ -164,9 +198,43 @@ def parameter_factors(hessians: Hessians, config: Config) -> dict[str, Factor]:
     }
 
 
+def balanced_clips(
+    weights: Mapping[str, Tensor],  # (..., rows, columns)
+    kinds: Mapping[str, IntKind],
+    energies: Energies,
+    hessians: Hessians,
+    factors: Mapping[str, Factor],
+    config: Config,
+) -> dict[str, Tensor]:  # (..., rows) float32
+    """Clips at which every bit buys the same loss, as multiples of the median over all rows of matrices.
+
+    weights: all that are quantised. Raises QuantisationError where gradients are not finite.
+    """
+    clips: dict[str, Tensor] = {}
+    by_kind = stacked(hessians, config)
+    for name, weight in weights.items():
+        hessian = torch.cat([by_kind[kind] for kind in INPUTS[name]])
+        variances = factors[name].upper.double().diagonal(dim1=-2, dim2=-1) ** -2  # of each input given those after it
+        rho = variances.sum(-1) / hessian.double().diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
+        energy = energies[name].double().view(len(rho), -1)
+        energy = (energy + FLOOR * energy.mean(-1, keepdim=True)) * rho[:, None]
+        std = weight.double().std(-1).view_as(energy).clamp_min(1e-30)
+        clips[name] = (LEVELS[kinds[name]] / std * energy.clamp_min(1e-30).rsqrt()).view(weight.shape[:-1])
+        if not clips[name].isfinite().all():
+            raise QuantisationError(f"{name}: gradients on calibration data are not finite")
+    median = torch.cat([clip.flatten() for name, clip in clips.items() if name in BANKS]).median()
+    return {name: (clip / median).clamp_max(1e4).float() for name, clip in clips.items()}
+
+
+def reach(weight: Tensor) -> Tensor:  # (..., rows, columns) -> (..., rows)
+    """The clip at which the codes just reach a row's largest weight."""
+    weight = weight.float()
+    return weight.abs().amax(-1) / weight.std(-1).clamp_min(1e-30)
+
+
 def row_scales(
     weight: Tensor,  # (..., rows, columns)
-    clip_sigmas: float,
+    clip_sigmas: float | Tensor,  # one, or (..., rows)
     levels: int,
 ) -> Tensor:  # (..., rows) float16
     """clip_sigmas * std(row) / levels to SCALE_BITS bits, at least the smallest positive float16.
@@ -207,7 +275,7 @@ def gptq(
 def quantise(
     weight: Tensor,  # (rows, columns) or (N, rows, columns)
     factor: Factor,
-    clip_sigmas: float,
+    clip_sigmas: float | Tensor,  # one, or (..., rows)
     kind: IntKind,
     block: Callable[..., Tensor] = reference.gptq_block,
 ) -> Quantised:  # on the CPU

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ from gpt.config import ARTIFACT_LIMIT
 from gpt.distributed import Ranks
 from gpt.gptq import (
     INPUTS,
+    Energies,
     Hessians,
     IntKind,
     QuantisationError,
     Quantised,
+    balanced_clips,
+    collect_energies,
     collect_hessians,
     output_error,
     parameter_factors,
     quantise,
+    reach,
     stacked,
     without_dead_neurons,
 )
@@ -33,6 +37,8 @@ from gpt.model import BANKS, GPT
 ATTEMPTS = 12
 SLACK = 0.001  # of the budget, that an artifact may leave unused
 OCTAVES = 6  # that the clip may be raised: codes are 0 or 1 then
+
+KINDS: dict[str, IntKind] = {**dict.fromkeys(BANKS, "int6"), "tok_emb": "int8"}
 
 Tensors = dict[str, Quantised | Tensor]
 
@@ -45,7 +51,7 @@ class Group:
     kind: IntKind
     parameters: int
     nbytes: int
-    clip_sigmas: float
+    clip_sigmas: float  # median of its rows
     output_error: float  # |X (W - Wq)^T| / |X W^T|
 
     @property
@@ -63,8 +69,8 @@ class Packed:
     nbytes: int
     code_nbytes: int
     limit: int
-    clip_sigmas: float  # of the matrices
-    attempts: int  # times that the matrices were quantised
+    clip_sigmas: float  # median of the matrices' rows, before those that would cut weights off are raised
+    attempts: int  # times that the model was quantised
     groups: tuple[Group, ...]
     dead_neurons: int  # of the MLPs, that reach nothing and are left out
     seconds: dict[str, float]  # calibrate (reads training data), quantise, compress
@@ -103,23 +109,39 @@ def pack(
     ranks: Ranks,
     code_nbytes: int,
     limit: int = ARTIFACT_LIMIT,
+    clips: Mapping[str, float] | None = None,
 ) -> Packed:
     """Quantise a model and write it as an artifact; call on every rank, with the weights that are to be exported.
 
-    depth: the layers that scoring will run. batches: this rank's calibration batches, (rows, T) int64 on the device;
-    they alone read training data, in the time given as seconds["calibrate"]. code_nbytes: what count_code says. All
-    ranks calibrate, rank 0 quantises and writes, and all return the same once the file is there. Raises
-    QuantisationError where the model is not finite or cannot be made to fit `limit` bytes with its code.
+    depth: the layers that scoring will run. batches: this rank's calibration batches, (rows, T + 1) int64 on the
+    device; they alone read training data, in the time given as seconds["calibrate"]. code_nbytes: what count_code says.
+    clips: for each quantised parameter one clip for all its rows, as the seed had them, all raised alike where the
+    artifact does not fit; default: balanced ones, from the configuration's on. All ranks calibrate, rank 0 quantises
+    and writes, and all return the same once the file is there. Raises QuantisationError where the model is not finite
+    or cannot be made to fit `limit` bytes with its code.
     """
     begin = time.perf_counter()
-    hessians = collect_hessians(model, depth, batches, ranks)
+    few: list[Tensor] = []
+
+    def inputs() -> Iterator[Tensor]:
+        for batch in batches:
+            few.append(batch[:1])
+            yield batch[:, :-1]
+
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise QuantisationError(f"{name} is not finite")
+    hessians = collect_hessians(model, depth, inputs(), ranks)
+    energies = None if clips else collect_energies(model, depth, few, ranks)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
     calibrated = time.perf_counter() - begin
     box: list[Packed | Exception | None] = [None]
     if ranks.main:
         try:
-            box[0] = _pack(model, depth, tokenizer_sha256, hessians, Path(path), code_nbytes, limit, calibrated)
+            box[0] = _pack(
+                model, depth, tokenizer_sha256, hessians, energies, clips, Path(path), code_nbytes, limit, calibrated
+            )
         except Exception as error:
             if ranks.world_size == 1:
                 raise
@@ -138,6 +160,8 @@ def _pack(
     depth: Sequence[int],
     tokenizer_sha256: str,
     hessians: Hessians,
+    energies: Energies | None,
+    given: Mapping[str, float] | None,
     path: Path,
     code_nbytes: int,
     limit: int,
@@ -147,27 +171,36 @@ def _pack(
     seconds = {"calibrate": calibrated, "quantise": 0.0, "compress": 0.0}
     begin = time.perf_counter()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise QuantisationError(f"{name} is not finite")
-    factors = parameter_factors(hessians, config)
-    fixed = {"tok_emb": quantise(weights["tok_emb"], factors["tok_emb"], config.embed_clip_sigmas, "int8", block)}
     vectors = {name: _half(weight) for name, weight in weights.items() if name not in INPUTS}
+    weights = {name: weights[name] for name in INPUTS}
+    factors = parameter_factors(hessians, config)
+    if given:
+        start = given[BANKS[0]]
+        clips = {name: weight.new_full(weight.shape[:-1], given[name] / start) for name, weight in weights.items()}
+        least = {name: torch.zeros_like(clip) for name, clip in clips.items()}
+    else:
+        assert energies
+        start = config.matrix_clip_sigmas
+        clips = balanced_clips(weights, KINDS, energies, hessians, factors, config)
+        least = {name: reach(weight) for name, weight in weights.items()}
     seconds["quantise"] += time.perf_counter() - begin
 
     def packed(clip_sigmas: float) -> tuple[Tensors, bytes]:
         begin = time.perf_counter()
-        matrices = {name: quantise(weights[name], factors[name], clip_sigmas, "int6", block) for name in BANKS}
+        matrices = {
+            name: quantise(weight, factors[name], (clip_sigmas * clips[name]).maximum(least[name]), KINDS[name], block)
+            for name, weight in weights.items()
+        }
         matrices["mlp_up_bank"] = without_dead_neurons(matrices["mlp_up_bank"], matrices["mlp_down_bank"])
         quantised = time.perf_counter()
-        tensors: Tensors = {**matrices, **fixed, **vectors}
+        tensors: Tensors = {**matrices, **vectors}
         data = artifact.serialise(config, depth, tokenizer_sha256, tensors)
         seconds["quantise"] += quantised - begin
         seconds["compress"] += time.perf_counter() - quantised
         return tensors, data
 
-    octave = sum(weights[name].numel() for name in BANKS) / 8
-    clip, attempts, tensors, data = fit(packed, config.matrix_clip_sigmas, limit - code_nbytes, octave)
+    octave = sum(weight.numel() for weight in weights.values()) / 8
+    clip, attempts, tensors, data = fit(packed, start, limit - code_nbytes, octave)
     artifact.save(path, data)
 
     written = artifact.parse(data)  # what was written can be read
@@ -181,7 +214,7 @@ def _pack(
         error = output_error(
             bank, value.dequantise().to(bank.device).view_as(bank), torch.cat([by_kind[kind] for kind in kinds])
         )
-        sigmas = clip if name in BANKS else config.embed_clip_sigmas
+        sigmas = float((clip * clips[name]).maximum(least[name]).median())
         groups.append(Group(name, value.kind, weight.numel(), streams[name], sigmas, error))
     down = tensors["mlp_down_bank"]
     assert isinstance(down, Quantised)

@@ -131,8 +131,8 @@ def test_other_files(tmp_path: Path) -> None:
         artifact.parse(b"PK\x03\x04" + DATA)
     later = bytearray(DATA)
     for version, message in (
-        (artifact.VERSION + 1, "version 3: written by a later program"),
-        (1, "version 1, wanted 2"),
+        (artifact.VERSION + 1, "version 4: written by a later program"),
+        (1, "version 1, wanted 3"),
     ):
         later[8] = version
         with pytest.raises(ArtifactError, match=message):

@@ -376,7 +376,7 @@ def test_calibration_batches(folder: Path) -> None:
     config = settings(folder, micro_batch_tokens=3 * SEQ + 1)
     whole = [batch.tolist() for batch in calibration_batches(config, 6, 0, 1, "cpu")]
     assert len(whole) == 6
-    assert all(len(batch) == 3 and len(batch[0]) == SEQ for batch in whole)
+    assert all(len(batch) == 3 and len(batch[0]) == SEQ + 1 for batch in whole)
     firsts = [row[0] for batch in whole for row in batch]
     assert len(set(firsts)) == 18
     assert max(firsts) > 300

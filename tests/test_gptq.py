@@ -15,10 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from gpt import artifact, pack
 from gpt.gptq import (
+    FLOOR,
+    INPUTS,
     LEVELS,
     SCALE_BITS,
     QuantisationError,
     Quantised,
+    balanced_clips,
+    collect_energies,
     collect_hessians,
     factorise,
     gptq,
@@ -168,6 +172,50 @@ def test_no_calibration_batch_is_an_error() -> None:
         collect_hessians(tiny_model(config), config.depth(True), [], ALONE)
 
 
+def test_energies_are_squared_gradients_of_each_text() -> None:
+    config = tiny_config()
+    model, depth = tiny_model(config), config.depth(True)
+    rows = [random_tokens(17, 64, seed)[None] for seed in range(3)]
+    energies = collect_energies(model, depth, rows, ALONE)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    wanted = {name: torch.zeros(energy.shape) for name, energy in energies.items()}
+    for tokens in rows:
+        model.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:], depth, model.rotary(16)).backward()
+        for name, energy in wanted.items():
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            energy += gradient.square().sum(-1)
+    assert energies.keys() == INPUTS.keys()
+    for name, energy in energies.items():
+        torch.testing.assert_close(energy, wanted[name])
+
+
+def test_balanced_clips_give_every_bit_the_same_worth() -> None:
+    """Predicted loss of a row: energy * what GPTQ with its step leaves of an input's energy."""
+    config = tiny_config()
+    model, depth = tiny_model(config), config.depth(True)
+    hessians = collect_hessians(model, depth, [random_tokens(640, 64).view(40, 16)], ALONE)
+    factors = parameter_factors(hessians, config)
+    weights = {name: model.get_parameter(name).detach() for name in INPUTS}
+    generator = torch.Generator().manual_seed(2)
+    energies = {name: torch.rand(weight.shape[:-1], generator=generator) + 0.1 for name, weight in weights.items()}
+    clips = balanced_clips(weights, pack.KINDS, energies, hessians, factors, config)
+    assert float(torch.cat([clips[name].flatten() for name in BANKS]).median()) == pytest.approx(1.0)
+    worths = []
+    for name, places in {"mlp_down_bank": [("down", i) for i in range(3)], "tok_emb": [("head", 0)]}.items():
+        for i, place in enumerate(places):
+            clip, energy = (x[name].view(len(places), -1)[i] for x in (clips, energies))
+            weight = weights[name].view(*clip.shape, -1) if len(places) == 1 else weights[name][i]
+            step = clip * weight.std(-1) / LEVELS[pack.KINDS[name]]
+            upper = factors[name].upper[i].diagonal()
+            worths.append(step**2 * (energy + FLOOR * energy.mean()) * (upper**-2).sum() / hessians[place].trace())
+    torch.testing.assert_close(torch.cat(worths), worths[0][0].expand(torch.cat(worths).shape), rtol=1e-4, atol=0)
+    energies["kv_bank"][0, 0] = torch.nan
+    with pytest.raises(QuantisationError, match="kv_bank: gradients on calibration data are not finite"):
+        balanced_clips(weights, pack.KINDS, energies, hessians, factors, config)
+
+
 def test_a_bank_is_quantised_with_each_matrix_own_hessian() -> None:
     config = tiny_config()
     model, depth = tiny_model(config), config.depth(True)
@@ -214,9 +262,15 @@ def test_pack_fits_reports_and_restores(tmp_path: Path) -> None:
     for name, value in read.state_dict().items():
         assert value.shape == weights[name].shape
         error = (value - weights[name]).norm() / weights[name].norm()
-        assert error < (0.5 if name in (*BANKS, "tok_emb") else 1e-3)
+        assert error < (0.9 if name in (*BANKS, "tok_emb") else 1e-3)
     with pytest.raises(QuantisationError, match="does not fit"):
         packed(9000)
+    fixed = pack.pack(
+        model, depth, "0" * 64, batches, tmp_path / "a", ALONE, 0, clips=dict.fromkeys(BANKS, 12.0) | {"tok_emb": 20.0}
+    )
+    assert fixed.attempts == 1
+    for group in fixed.groups:
+        assert group.clip_sigmas == pytest.approx(20.0 if group.name == "tok_emb" else 12.0)
 
 
 def test_pack_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
