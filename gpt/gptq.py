@@ -36,6 +36,7 @@ BLOCK = 128  # columns between two updates of all the columns that remain
 # float16's eleven bits would cost 0.2% of the artifact more.
 SCALE_BITS = 5
 FLOOR = 0.1  # of the mean F of a matrix, added to each: a token that no calibration text had will occur
+REACH = 4.5  # standard deviations of a row, beyond which its weights may be cut off
 DAMPING = (0.01, 0.1, 1.0)  # of the mean of diag(H), added to it: the usual one, then what is tried where that fails
 
 # The kinds of input behind each quantised parameter: a bank holds all layers of the first kind, then of the next.
@@ -226,10 +227,10 @@ def balanced_clips(
     return {name: (clip / median).clamp_max(1e4).float() for name, clip in clips.items()}
 
 
-def reach(weight: Tensor) -> Tensor:  # (..., rows, columns) -> (..., rows)
-    """The clip at which the codes just reach a row's largest weight."""
+def finest_clips(weight: Tensor) -> Tensor:  # (..., rows, columns) -> (..., rows)
+    """Clips at which the codes just reach a row's largest weight, or REACH standard deviations: few are beyond."""
     weight = weight.float()
-    return weight.abs().amax(-1) / weight.std(-1).clamp_min(1e-30)
+    return (weight.abs().amax(-1) / weight.std(-1).clamp_min(1e-30)).clamp_max(REACH)
 
 
 def row_scales(

@@ -25,10 +25,10 @@ from gpt.gptq import (
     balanced_clips,
     collect_energies,
     collect_hessians,
+    finest_clips,
     output_error,
     parameter_factors,
     quantise,
-    reach,
     stacked,
     without_dead_neurons,
 )
@@ -69,7 +69,7 @@ class Packed:
     nbytes: int
     code_nbytes: int
     limit: int
-    clip_sigmas: float  # median of the matrices' rows, before those that would cut weights off are raised
+    clip_sigmas: float  # median of the matrices' rows, before those that would cut off too much are raised
     attempts: int  # times that the model was quantised
     groups: tuple[Group, ...]
     dead_neurons: int  # of the MLPs, that reach nothing and are left out
@@ -182,7 +182,7 @@ def _pack(
         assert energies
         start = config.matrix_clip_sigmas
         clips = balanced_clips(weights, KINDS, energies, hessians, factors, config)
-        least = {name: reach(weight) for name, weight in weights.items()}
+        least = {name: finest_clips(weight) for name, weight in weights.items()}
     seconds["quantise"] += time.perf_counter() - begin
 
     def packed(clip_sigmas: float) -> tuple[Tensors, bytes]:
