@@ -68,6 +68,13 @@ class Quantised(NamedTuple):
         return reference.dequantise(codes, self.scales.flatten(), dtype).view_as(self.codes)
 
 
+class Calibration(NamedTuple):
+    """What texts say about a model."""
+
+    hessians: Hessians
+    energies: Energies
+
+
 class Factor(NamedTuple):
     """What GPTQ needs of N Hessians."""
 
@@ -142,12 +149,29 @@ def collect_energies(model: GPT, depth: Sequence[int], rows: Iterable[Tensor], r
     runner, weights = _eager(model), [model.get_parameter(name) for name in INPUTS]
     energies = [torch.zeros(weight.shape[:-1], device=ranks.device) for weight in weights]
     for tokens in rows:
-        loss = runner(tokens[:, :-1], tokens[:, 1:], depth, model.rotary(tokens.size(1) - 1))
+        inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()  # contiguous and aligned
+        loss = runner(inputs, targets, depth, model.rotary(inputs.size(1)))
         for energy, gradient in zip(energies, torch.autograd.grad(loss, weights), strict=True):
             energy += gradient.float().square().sum(-1)
     for energy in energies:
         ranks.all_reduce(energy)
     return dict(zip(INPUTS, energies, strict=True))
+
+
+def calibrate(model: GPT, depth: Sequence[int], batches: Iterable[Tensor], ranks: Ranks) -> Calibration:
+    """Hessians from all rows of this rank's batches, (rows, T + 1) int64 on the device; energies from each one's first.
+
+    Raises QuantisationError where no rank had a batch.
+    """
+    few: list[Tensor] = []
+
+    def inputs() -> Iterator[Tensor]:
+        for batch in batches:
+            few.append(batch[:1].clone())
+            yield batch[:, :-1].contiguous()
+
+    hessians = collect_hessians(model, depth, inputs(), ranks)
+    return Calibration(hessians, collect_energies(model, depth, few, ranks))
 
 
 def stacked(hessians: Hessians, config: Config) -> dict[str, Tensor]:

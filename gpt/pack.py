@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ from gpt.config import ARTIFACT_LIMIT
 from gpt.distributed import Ranks
 from gpt.gptq import (
     INPUTS,
-    Energies,
-    Hessians,
+    Calibration,
     IntKind,
     QuantisationError,
     Quantised,
     balanced_clips,
-    collect_energies,
-    collect_hessians,
+    calibrate,
     finest_clips,
     output_error,
     parameter_factors,
@@ -121,18 +119,10 @@ def pack(
     or cannot be made to fit `limit` bytes with its code.
     """
     begin = time.perf_counter()
-    few: list[Tensor] = []
-
-    def inputs() -> Iterator[Tensor]:
-        for batch in batches:
-            few.append(batch[:1])
-            yield batch[:, :-1]
-
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise QuantisationError(f"{name} is not finite")
-    hessians = collect_hessians(model, depth, inputs(), ranks)
-    energies = None if clips else collect_energies(model, depth, few, ranks)
+    calibration = calibrate(model, depth, batches, ranks)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
     calibrated = time.perf_counter() - begin
@@ -140,7 +130,7 @@ def pack(
     if ranks.main:
         try:
             box[0] = _pack(
-                model, depth, tokenizer_sha256, hessians, energies, clips, Path(path), code_nbytes, limit, calibrated
+                model, depth, tokenizer_sha256, calibration, clips, Path(path), code_nbytes, limit, calibrated
             )
         except Exception as error:
             if ranks.world_size == 1:
@@ -159,8 +149,7 @@ def _pack(
     model: GPT,
     depth: Sequence[int],
     tokenizer_sha256: str,
-    hessians: Hessians,
-    energies: Energies | None,
+    calibration: Calibration,
     given: Mapping[str, float] | None,
     path: Path,
     code_nbytes: int,
@@ -168,6 +157,7 @@ def _pack(
     calibrated: float,
 ) -> Packed:
     config, block = model.config, model.ops.gptq_block
+    hessians, energies = calibration
     seconds = {"calibrate": calibrated, "quantise": 0.0, "compress": 0.0}
     begin = time.perf_counter()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -179,7 +169,6 @@ def _pack(
         clips = {name: weight.new_full(weight.shape[:-1], given[name] / start) for name, weight in weights.items()}
         least = {name: torch.zeros_like(clip) for name, clip in clips.items()}
     else:
-        assert energies
         start = config.matrix_clip_sigmas
         clips = balanced_clips(weights, KINDS, energies, hessians, factors, config)
         least = {name: finest_clips(weight) for name, weight in weights.items()}

@@ -18,7 +18,7 @@ from gpt.clock import Clock, StepReport, Stopwatch
 from gpt.config import Config
 from gpt.data import TrainLoader
 from gpt.distributed import Ranks, sigterm
-from gpt.gptq import collect_energies, collect_hessians
+from gpt.gptq import calibrate
 from gpt.model import GPT
 from gpt.optimizer import Optimizer
 from gpt.progress import Progress
@@ -90,9 +90,7 @@ class Trainer:
                 part.lap("optimizer")
             parts[str(len(depth))] = part.ms  # of the last one
         self.run.write_json("parts.json", parts)
-        # Calibration is on the clock.
-        collect_hessians(self.model, depth, [tokens[:, :-1].contiguous()], self.ranks)
-        collect_energies(self.model, depth, [tokens[:1]], self.ranks)
+        calibrate(self.model, depth, [tokens], self.ranks)  # calibration is on the clock
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters(), weights, strict=True):
                 parameter.copy_(saved)
