@@ -1,6 +1,7 @@
 """What quantising a finished run's weights costs, beside the seed's method on the same weights.
 
     python -m bench.quantise RUN
+    python -m bench.quantise RUN --limit 1098314      of artifact and code: where the run's model would fill no 16 MB
 
 Writes bench/results/quantise-<gpu>.json, a row for each of: the EMA weights as they are ("trained"); the seed's method,
 a clip of 12.85 standard deviations for all rows of matrices and 20 for the embedding's, codes shuffled with a stride of
@@ -39,7 +40,7 @@ from kernels import select
 SEED = dict.fromkeys(BANKS, 12.85) | {"tok_emb": 20.0}
 
 
-def collect(path: Path, ranks: Ranks) -> list[dict[str, Any]]:
+def collect(path: Path, ranks: Ranks, limit: int = ARTIFACT_LIMIT) -> list[dict[str, Any]]:
     """All rows. Raises RecordError where the run has not finished."""
     config = read_config(path)
     state = Run(path, config, ranks).load_checkpoint()
@@ -59,7 +60,7 @@ def collect(path: Path, ranks: Ranks) -> list[dict[str, Any]]:
         found = score(scored, text, depth, ranks, context=context, stride=context, batch_tokens=config.val_batch_size)
         return found.bpb
 
-    def packed(clips: dict[str, float] | None, limit: int = ARTIFACT_LIMIT) -> tuple[Packed, dict[str, Any]]:
+    def packed(clips: dict[str, float] | None, limit: int = limit) -> tuple[Packed, dict[str, Any]]:
         batches = calibration_batches(config, config.gptq_calibration_batches, 0, 1, ranks.device)
         made = pack(model, depth, tokenizer.sha256, batches, Path(folder) / "a", ranks, code, limit, clips)
         row = {
@@ -109,11 +110,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quantise", description="Measure what quantising costs.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--limit", type=int, default=ARTIFACT_LIMIT, help="bytes of artifact and code")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
     options = parser.parse_args(arguments)
     try:
         with distributed("auto") as ranks:
-            rows = collect(options.run, ranks)
+            rows = collect(options.run, ranks, options.limit)
     except RecordError as error:
         print(f"bench.quantise: {error}", file=sys.stderr)
         return 2

@@ -174,6 +174,13 @@ def test_bytes_are_the_data() -> None:
         assert f"| {found[place]:,.0f} | {change}|" in README
 
 
+def test_quantising_is_the_data() -> None:
+    found = {row["impl"]: row for row in rows("quantise-cpu.json")["rows"]}
+    text = README.replace("\n", " ")
+    for name, words in (("one clip a kind", "lose {:.4f} BPB in {:,} bytes"), ("ours", "these {:.4f} in {:,} (")):
+        assert words.format(found[name]["bpb_lost"], found[name]["bytes"]) in text
+
+
 def test_presets_and_unigram_entropy_are_named() -> None:
     assert all(f"| `{preset}` |" in README for preset in PRESETS)
     assert "3.2557 bits per" in (ROOT / "data/sample/README.md").read_text()
