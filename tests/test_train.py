@@ -183,7 +183,7 @@ def test_the_artifact_alone_scores_what_the_run_scored(whole: tuple[Path, str], 
     done = quantize("score", run / "model.pga", "--data-path", data, "--json", tmp_path / "score.json")
     assert done.returncode == 0, done.stderr
     scores = json.loads((run / "summary.json").read_text())["scores"]
-    for text in (f"{scores['artifact']['bpb']:.4f}", f"{scores['artifact_sliding']['bpb']:.4f}"):
+    for text in (f"{scores['artifact']['bpb']:.5f}", f"{scores['artifact_sliding']['bpb']:.5f}"):
         assert text in done.stdout
 
 
