@@ -260,7 +260,7 @@ def page(path: Path, against: Path | None = None) -> str:
     leak = (
         '<p class="bad">LEAKING: the weights were trained on the tokens that they are scored on. '
         "These scores are worth nothing.</p>"
-        if summary.get("leaking")
+        if config.leaking or summary.get("leaking")
         else ""
     )
     changes = _differences(config, other)

@@ -345,11 +345,17 @@ def _declarable(runs: Sequence[SeedRun], code_sha256: str) -> dict[str, str]:
     found = {}
     if len(runs) < FEWEST_SEEDS:
         found["few-seeds"] = f"{len(runs)} seed{'s' * (len(runs) > 1)}, wanted at least {FEWEST_SEEDS}"
-    stamped = [str(run.path) for run in runs if leaking([run.summary, run.environment, run.metrics])]
+    stamped = [
+        str(run.path)
+        for run in runs
+        if run.config.leaking  # whatever its records say
+        or artifact.parse(run.model).config.leaking
+        or leaking([run.summary, run.environment, run.metrics])
+    ]
     if stamped:
         found["leaking"] = f"stamped as leaking: {', '.join(stamped)}"
     for run in runs:
-        training = run.summary["seconds"] + run.summary["calibration_seconds"]
+        training = sum(run.summary[name] for name in ("seconds", "pre_quant_seconds", "calibration_seconds"))
         scoring = sum(s["seconds"] for name, s in run.summary["scores"].items() if name.startswith("artifact"))
         if max(training, scoring) > SECONDS_LIMIT:
             found["over-time"] = f"{run.path} trained {training:.1f} s and scored {scoring:.1f} s"
