@@ -197,9 +197,7 @@ def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
 def pack_run(arguments: Namespace, ranks: Ranks) -> None:
     config = read_config(arguments.path)
     run = Run(arguments.path, config, ranks)
-    state = run.load_checkpoint()
-    if state is None or not state["finished"]:
-        raise RecordError(f"{run.path} has not finished training; wanted a finished run: train.py --resume {run.path}")
+    state = run.load_finished()
     changes = {
         "matrix_clip_sigmas": arguments.clip_sigmas,
         "gptq_calibration_batches": arguments.calibration_batches,

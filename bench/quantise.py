@@ -43,9 +43,7 @@ SEED = dict.fromkeys(BANKS, 12.85) | {"tok_emb": 20.0}
 def collect(path: Path, ranks: Ranks, limit: int = ARTIFACT_LIMIT) -> list[dict[str, Any]]:
     """All rows. Raises RecordError where the run has not finished."""
     config = read_config(path)
-    state = Run(path, config, ranks).load_checkpoint()
-    if state is None or not state["finished"]:
-        raise RecordError(f"{path} has not finished training; wanted a finished run")
+    state = Run(path, config, ranks).load_finished()
     tokenizer, code = Tokenizer(config.tokenizer_path), count_code(ROOT)
     ops = select(config.kernels, ranks.device)
     model = GPT(config, ops, ranks.dtype)

@@ -211,6 +211,15 @@ class Run:
             failure, self._failure = self._failure, None
             raise RecordError(f"checkpoint of {self.path} was not written: {failure}; the one before stands")
 
+    def load_finished(self) -> dict[str, Any]:
+        """The last checkpoint on the CPU. Raises RecordError where it is damaged or the run has not finished."""
+        state = self.load_checkpoint()
+        if state is None or not state["finished"]:
+            raise RecordError(
+                f"{self.path} has not finished training; wanted a finished run: train.py --resume {self.path}"
+            )
+        return state
+
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint on the CPU, or None. Raises RecordError where the file is damaged."""
         path = self.path / "checkpoint.pt"

@@ -348,8 +348,7 @@ def _declarable(runs: Sequence[SeedRun], code_sha256: str) -> dict[str, str]:
     stamped = [
         str(run.path)
         for run in runs
-        if run.config.leaking  # whatever its records say
-        or artifact.parse(run.model).config.leaking
+        if run.config.leaking  # whatever its records say; the artifact's is the same, or it is refused
         or leaking([run.summary, run.environment, run.metrics])
     ]
     if stamped:
