@@ -3,7 +3,8 @@
     ops = select("auto", device)      # or "reference", "compiled", "compiled,attention=triton"
     y = ops.mlp(x, up, down, scale)
 
-`kernels.reference` is the specification of every op; docs of an op are there.
+`kernels.reference` is the specification of every op; docs of an op are there. `mlp=fp8` trains with other arithmetic:
+reference.mlp_fp8, by kernels on a GPU, eager on a CPU. Scores and calibration are mlp's as ever.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ class Ops:
     @property
     def capturable(self) -> bool:
         """Whether forward and backward of the model may be captured in a CUDA graph: our kernels never wait."""
-        return {self.names[op] for op in _MODEL} == {"triton"}
+        return {self.names[op] for op in _MODEL} <= {"triton", "fp8"}
 
     def require(self, model_dim: int, head_dim: int, rope_dims: int, softcap: float) -> None:
         """Raise KernelError where Triton kernels were chosen that do not take a model of these sizes."""
-        chosen = {op for op, implementation in self.names.items() if implementation == "triton"}
+        chosen = {op for op, implementation in self.names.items() if implementation in ("triton", "fp8")}
         limits = (
             ({"attention", "attention_input", "cached_attention"}, head_dim in HEAD_DIMS, f"heads of {head_dim}",
              f"one of {HEAD_DIMS}"),
@@ -101,11 +102,13 @@ _PAIRED = {"attention": "attention_mask"}
 # The model's attention takes packed heads, as the product before it writes them.
 _FUNCTION = {"attention": "attention_qkv"}
 
-# Implementations of each base. Ops that `compiled` does not name are the reference inside the compiled graph.
-IMPLEMENTATIONS: dict[str, Callable[[], dict[str, Op]]] = {
-    "reference": lambda: {op: _named(reference, op) for op in _OPS},
-    "compiled": lambda: {op: _named(compiled, op) or _named(reference, op) for op in _OPS},
-    "triton": lambda: _triton(),
+# Implementations of each base. Ops that `compiled` does not name are the reference inside the compiled graph; fp8 is no
+# base, but of mlp alone.
+IMPLEMENTATIONS: dict[str, Callable[[torch.device], dict[str, Op]]] = {
+    "reference": lambda device: {op: _named(reference, op) for op in _OPS},
+    "compiled": lambda device: {op: _named(compiled, op) or _named(reference, op) for op in _OPS},
+    "triton": lambda device: _triton(),
+    "fp8": lambda device: _fp8(device),
 }
 
 
@@ -150,6 +153,21 @@ def _triton() -> dict[str, Op]:
     }
 
 
+def _fp8(device: torch.device) -> dict[str, Op]:
+    exact, fp8 = reference.mlp, reference.mlp_fp8
+    if device.type == "cuda":
+        if not INTERPRET and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+            raise KernelError(f"mlp=fp8 wants a GPU of compute capability 8.9 or later; found {found[0]}.{found[1]}")
+        from kernels import mlp
+
+        exact, fp8 = mlp.mlp, mlp.mlp_fp8
+
+    def while_training(*arguments: Any) -> Any:
+        return (fp8 if torch.is_grad_enabled() else exact)(*arguments)
+
+    return {"mlp": while_training}
+
+
 def select(choice: str, device: torch.device) -> Ops:
     """The ops of `choice` on `device`.
 
@@ -172,6 +190,8 @@ def select(choice: str, device: torch.device) -> Ops:
     for implementation in chosen.values():
         if implementation not in IMPLEMENTATIONS:
             raise KernelError(f"kernels={choice}: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if unknown := [op for op, implementation in chosen.items() if implementation == "fp8" and op != "mlp"]:
+        raise KernelError(f"kernels={choice}: {unknown[0]} has no fp8; wanted BASE,mlp=fp8")
     if (
         "compiled" in chosen.values()
         and device.type == "cpu"
@@ -185,7 +205,7 @@ def select(choice: str, device: torch.device) -> Ops:
             f"kernels={choice}: Triton kernels run on a GPU, or interpreted with TRITON_INTERPRET=1; "
             f"found device {device.type}"
         )
-    tables = {implementation: IMPLEMENTATIONS[implementation]() for implementation in set(chosen.values())}
+    tables = {implementation: IMPLEMENTATIONS[implementation](device) for implementation in set(chosen.values())}
     table = {op: tables[implementation][op] for op, implementation in chosen.items()}
     # Fused kernels leave a graph nothing to fuse, and cost no compilation when the layers change.
     return Ops(**table, graph=compiled.graph if base == "compiled" else lambda function: function, names=chosen)

@@ -5,6 +5,8 @@
     down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
     up_backward      dx = dy + du up - c_m x                              du (M, F), up (F, D), x (M, D)
     qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
+    up_forward_fp8   f_n s and, in e4m3, a8 = s / 448^3, s = square(leaky_relu(x8 up8^T, 0.5)), f of columns
+    product_add_fp8  out = x + (y8 w8^T) f_n                              x8, up8, y8, w8 and factors as in `mlp.py`
 
 r = scale / sqrt(mean(x^2) + eps) is the row's factor of an RMS norm without weights: a norm in front of a product is a
 factor behind it, and the normalised x is never written. The sum of a row's squares is left behind by the product that
@@ -34,7 +36,7 @@ import triton.language as tl
 
 from kernels import matmul_hopper, rotary
 from kernels.launch import DTYPES, expect, gpu, settings
-from kernels.matmul_epilogue import matmul_epilogue, row_terms
+from kernels.matmul_epilogue import activation_fp8, matmul_epilogue, row_terms
 from kernels.reference import RMS_EPS
 
 _RMS_EPS = tl.constexpr(RMS_EPS)
@@ -43,7 +45,7 @@ _RMS_EPS = tl.constexpr(RMS_EPS)
 # ------------------------------------------------------------------------------------------------ portable kernel
 @triton.jit
 def matmul_kernel(
-    x, w, out, extra, other, row_scale, sums, M, N, K, stride_wn, stride_wk,
+    x, w, out, small, extra, other, row_scale, column_scale, sums, M, N, K, stride_wn, stride_wk,
     EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -68,7 +70,13 @@ def matmul_kernel(
     b_scale = None
     if row_scale is not None:
         b_scale = tl.load(row_scale + o_m, mask=o_m < M, other=0.0)[:, None]
-    b_out = matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE, out.dtype.element_ty)
+    if column_scale is not None:
+        b_scale = tl.load(column_scale + o_n, mask=o_n < N, other=0.0)[None, :]
+    if EPILOGUE == "activation_fp8":
+        b_out, b_small = activation_fp8(b_acc, b_scale, out.dtype.element_ty)
+        tl.store(small + o_row * N + o_n[None, :], b_small, mask=m_m & m_n)
+    else:
+        b_out = matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE, out.dtype.element_ty)
     tl.store(out + o_row * N + o_n[None, :], b_out, mask=m_m & m_n)
     if sums is not None:
         p_sums = sums + tl.program_id(0) % tiles_n * M + o_m
@@ -106,20 +114,23 @@ def _product(
     other: torch.Tensor | None = None,  # (M, N)
     row_scale: torch.Tensor | None = None,  # (M,) float32
     leave_sums: bool = False,
+    dtype: torch.dtype | None = None,  # of the result; default: that of x
+    column_scale: torch.Tensor | None = None,  # (N,) float32
+    small: torch.Tensor | None = None,  # (M, N) e4m3, written
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N), sums (parts, M) float32
     (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
-    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=x.device)
     sums = torch.empty((parts_of(columns), rows), dtype=torch.float32, device=x.device) if leave_sums else None
     configs = settings("matmul", x.device)
     assert not leave_sums or {config.get("BLOCK_N", 128) for config in configs.values()} == {128}  # parts_of
-    if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra):
-        beside = (other, row_scale, sums)
-        matmul_hopper.launch(x, w, out, extra, beside, epilogue, transposed, configs, gpu(x.device)[1])
+    if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra, small):
+        beside, processors = (other, row_scale, column_scale, sums), gpu(x.device)[1]
+        matmul_hopper.launch(x, w, out, extra, beside, epilogue, transposed, configs, processors, small=small)
         return out, sums
     portable = configs["portable"]
     grid = (triton.cdiv(rows, portable["BLOCK_M"]) * triton.cdiv(columns, portable["BLOCK_N"]),)
     matmul_kernel[grid](
-        x, w, out, extra, other, row_scale, sums, rows, columns, inner,
+        x, w, out, small, extra, other, row_scale, column_scale, sums, rows, columns, inner,
         *(w.stride() if transposed else w.stride()[::-1]), EPILOGUE=epilogue, **portable,
     )  # fmt: skip
     return out, sums
@@ -159,6 +170,27 @@ def product_add(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N), and if wanted the squares (parts, M) float32 of its rows
     """x + y w^T, rounded once."""
     return _product(y, w, "residual", extra=x, leave_sums=squares)
+
+
+def up_forward_fp8(
+    x8: torch.Tensor,  # (M, D) e4m3
+    up8: torch.Tensor,  # (F, D) e4m3
+    factor: torch.Tensor,  # (F,) float32
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (M, F) dtype, (M, F) e4m3
+    """s = square(leaky_relu(x8 up8^T, 0.5)) times the factor, with the sign as of up_forward; and e4m3 of s / 448^3."""
+    a8 = torch.empty((x8.shape[0], up8.shape[0]), dtype=x8.dtype, device=x8.device)
+    return _product(x8, up8, "activation_fp8", dtype=dtype, column_scale=factor, small=a8)[0], a8
+
+
+def product_add_fp8(
+    y8: torch.Tensor,  # (M, K) e4m3
+    w8: torch.Tensor,  # (N, K) e4m3
+    factor: torch.Tensor,  # (N,) float32
+    x: torch.Tensor,  # (M, N)
+) -> torch.Tensor:  # (M, N)
+    """x + (y8 w8^T) factor, rounded once."""
+    return _product(y8, w8, "residual", extra=x, dtype=x.dtype, column_scale=factor)[0]
 
 
 def down_backward(
@@ -213,7 +245,7 @@ def qkv_forward(
     qkv = torch.empty(shape, dtype=x.dtype, device=x.device)
     inv_rms = torch.empty((x.shape[0], heads + kv_heads), dtype=torch.float32, device=x.device)
     matmul_hopper.launch(
-        x, weight, qkv.flatten(1), None, (None, row_scale, None), "heads", True, configs, gpu(x.device)[1],
+        x, weight, qkv.flatten(1), None, (None, row_scale, None, None), "heads", True, configs, gpu(x.device)[1],
         heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
     )  # fmt: skip
     return qkv, inv_rms

@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from kernels.reference import E4M3_MAX
+
+# Rows of length 448 that are parallel have a product of 448^2, and its square is to be 448.
+_E4M3_SQUARE = tl.constexpr(E4M3_MAX**-3)
+
 
 @triton.jit
 def row_terms(b_acc, b_extra, b_out, EPILOGUE: tl.constexpr):
@@ -36,6 +41,14 @@ def sign_in_last_bit(b_value, b_signed, dtype: tl.constexpr):
 
 
 @triton.jit
+def activation_fp8(b_acc, b_scale, dtype: tl.constexpr):
+    """The activation, its square multiplied by b_scale; and in e4m3, its square over 448^3."""
+    b_h = tl.maximum(b_acc, 0.5 * b_acc)
+    b_square = b_h * b_h
+    return sign_in_last_bit(b_square * b_scale, b_acc, dtype), (b_square * _E4M3_SQUARE).to(tl.float8e4nv)
+
+
+@triton.jit
 def matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE: tl.constexpr, dtype: tl.constexpr):
     if EPILOGUE == "activation":
         b_u = b_acc * b_scale
@@ -50,5 +63,7 @@ def matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE: tl.constexpr, dt
         b_out = (b_acc - b_other.to(tl.float32) * b_scale + b_extra.to(tl.float32)).to(dtype)
     else:
         tl.static_assert(EPILOGUE == "residual")
+        if b_scale is not None:
+            b_acc = b_acc * b_scale
         b_out = (b_acc + b_extra.to(tl.float32)).to(dtype)
     return b_out

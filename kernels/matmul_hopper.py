@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.matmul_epilogue import matmul_epilogue, row_terms
+from kernels.matmul_epilogue import activation_fp8, matmul_epilogue, row_terms
 from kernels.reference import RMS_EPS
 
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
@@ -86,9 +86,16 @@ def load_scale(row_scale, m_first, M, layout: gl.constexpr):
 
 
 @gluon.jit
+def load_column_scale(column_scale, n_first, N, layout: gl.constexpr):
+    """The factors of the columns. [1, BLOCK_N]"""
+    o_n = n_first + gl.arange(0, layout.instr_shape[1], gl.SliceLayout(0, layout))
+    return gl.load(column_scale + o_n, mask=o_n < N, other=0.0)[None, :]
+
+
+@gluon.jit
 def matmul_finish(
-    b_acc, b_other, b_scale, sums, heads, d_out, d_extra, s_tile, extra_full, extra_empty, turn, m_first, n_first, M,
-    EPILOGUE: gl.constexpr, HALF: gl.constexpr,
+    b_acc, b_other, b_scale, sums, heads, d_out, d_extra, d_small, s_tile, s_small, extra_full, extra_empty, turn,
+    m_first, n_first, M, EPILOGUE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Epilogue of one tile, in the layout of its accumulators; `extra` was copied to where the result is written."""
     layout: gl.constexpr = b_acc.type.layout
@@ -100,11 +107,16 @@ def matmul_finish(
         b_extra = s_tile.load(layout)
     if EPILOGUE == "heads":
         b_out = matmul_heads(b_acc, b_scale, heads, m_first, n_first, M, HALF, s_tile.dtype)
+    elif EPILOGUE == "activation_fp8":
+        b_out, b_small = activation_fp8(b_acc, b_scale, s_tile.dtype)
+        s_small.store(b_small)
     else:
         b_out = matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE, s_tile.dtype)
     s_tile.store(b_out)
     fence_async_shared()
     tma.async_copy_shared_to_global(d_out, [m_first, n_first], s_tile)
+    if d_small is not None:
+        tma.async_copy_shared_to_global(d_small, [m_first, n_first], s_small)
     if sums is not None:
         o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         p_sums = sums + n_first // b_acc.shape[1] * M + o_m
@@ -120,10 +132,10 @@ def resident_produce(
     d_x, d_w, buffers, barriers, tiles_m, tiles_n, ranges,
     TRANSPOSED: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    s_x, s_w, _s_out = buffers
+    s_x, s_w, _s_out, _s_small = buffers
     w_full, full, empty, _extra_full, _extra_empty, _order = barriers
     n_first = gl.program_id(0) % tiles_n * BLOCK_N
-    mbarrier.expect(w_full, STEPS * BLOCK_N * BLOCK_K * 2)
+    mbarrier.expect(w_full, STEPS * d_w.block_type.nbytes)
     for i in gl.static_range(STEPS):
         if TRANSPOSED:
             tma.async_copy_global_to_shared(d_w, [n_first, i * BLOCK_K], w_full, s_w.index(i))
@@ -134,7 +146,7 @@ def resident_produce(
         for k in range(STEPS):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), ROWS * BLOCK_K * 2)
+            mbarrier.expect(full.index(stage), d_x.block_type.nbytes)
             tma.async_copy_global_to_shared(d_x, [tile * ROWS, k * BLOCK_K], full.index(stage), s_x.index(stage))
             step += 1
 
@@ -143,7 +155,7 @@ def resident_produce(
 def resident_fetch(
     d_extra, buffers, barriers, tiles_m, tiles_n, ranges, BLOCK_N: gl.constexpr
 ):  # fmt: skip
-    _s_x, _s_w, s_out = buffers
+    _s_x, _s_w, s_out, _s_small = buffers
     _w_full, _full, _empty, extra_full, extra_empty, _order = barriers
     n_first = gl.program_id(0) % tiles_n * BLOCK_N
     count = 0
@@ -158,14 +170,15 @@ def resident_fetch(
 
 @gluon.jit
 def resident_consume(
-    d_out, d_extra, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
+    d_out, d_extra, d_small, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
     INDEX: gl.constexpr, EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr,
     STEPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    s_x, s_w, s_out = buffers
+    s_x, s_w, s_out, s_small = buffers
     w_full, full, empty, extra_full, extra_empty, order = barriers
-    other, row_scale, sums = beside
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    other, row_scale, column_scale, sums = beside
+    # An instruction takes 32 bytes of a row of x.
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 256 // s_x.dtype.primitive_bitwidth])
     n_first = gl.program_id(0) % tiles_n * BLOCK_N
     turn = 0
     mbarrier.wait(w_full, 0)
@@ -176,6 +189,8 @@ def resident_consume(
             b_other = load_other(other, tile * ROWS, n_first, M, N, layout)
         if row_scale is not None:
             b_scale = load_scale(row_scale, tile * ROWS, M, layout)
+        if column_scale is not None:
+            b_scale = load_column_scale(column_scale, n_first, N, layout)
         step = (turn * 2 + INDEX) * STEPS
         # Not before the other's products are under way: a barrier's parity tells this round of a stage from the next,
         # not from the one after.
@@ -197,8 +212,8 @@ def resident_consume(
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         matmul_finish(
-            b_acc, b_other, b_scale, sums, heads, d_out, d_extra, s_out.index(INDEX), extra_full.index(INDEX),
-            extra_empty.index(INDEX), turn, tile * ROWS, n_first, M, EPILOGUE, HALF,
+            b_acc, b_other, b_scale, sums, heads, d_out, d_extra, d_small, s_out.index(INDEX), s_small.index(INDEX),
+            extra_full.index(INDEX), extra_empty.index(INDEX), turn, tile * ROWS, n_first, M, EPILOGUE, HALF,
         )  # fmt: skip
         turn += 1  # noqa: SIM113 - Triton has no enumerate
     tma.store_wait(0)
@@ -206,7 +221,7 @@ def resident_consume(
 
 @gluon.jit
 def matmul_resident_kernel(
-    d_x, d_w, d_out, d_extra, beside, heads, M, N, tiles_m, tiles_n, ranges,
+    d_x, d_w, d_out, d_extra, d_small, beside, heads, M, N, tiles_m, tiles_n, ranges,
     EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -217,7 +232,10 @@ def matmul_resident_kernel(
     else:
         s_w = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_K, BLOCK_N], d_w.layout)
     s_x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], d_x.layout)
-    s_out = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], d_out.layout)
+    s_out = gl.allocate_shared_memory(d_out.dtype, [2, ROWS, BLOCK_N], d_out.layout)
+    s_small = s_out  # as good as any where there is none
+    if d_small is not None:
+        s_small = gl.allocate_shared_memory(d_small.dtype, [2, ROWS, BLOCK_N], d_small.layout)
     w_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -233,14 +251,14 @@ def matmul_resident_kernel(
         mbarrier.init(extra_empty.index(i), count=1)
         mbarrier.init(order.index(i), count=1)
     fence_async_shared()
-    buffers = (s_x, s_w, s_out)
+    buffers = (s_x, s_w, s_out, s_small)
     barriers = (w_full, full, empty, extra_full, extra_empty, order)
     gl.warp_specialize(
         [
-            (resident_consume, (d_out, d_extra, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
-                                0, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
-            (resident_consume, (d_out, d_extra, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
-                                1, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
+            (resident_consume, (d_out, d_extra, d_small, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n,
+                                ranges, 0, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
+            (resident_consume, (d_out, d_extra, d_small, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n,
+                                ranges, 1, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
             (resident_produce, (d_x, d_w, buffers, barriers, tiles_m, tiles_n, ranges,
                                 TRANSPOSED, STEPS, BLOCK_N, BLOCK_K, STAGES)),
             (resident_fetch, (d_extra, buffers, barriers, tiles_m, tiles_n, ranges, BLOCK_N)),
@@ -256,7 +274,7 @@ def streaming_produce(
     d_x, d_w, buffers, barriers, tiles, tiles_n, steps,
     TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    s_x, s_w, _s_out = buffers
+    s_x, s_w, _s_out, _s_small = buffers
     full, empty, _extra_full, _extra_empty = barriers
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -265,7 +283,7 @@ def streaming_produce(
         for k in range(steps):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (2 * ROWS + BLOCK_N) * BLOCK_K * 2)
+            mbarrier.expect(full.index(stage), d_x.block_type.nbytes + d_w.block_type.nbytes)
             tma.async_copy_global_to_shared(d_x, [m_first, k * BLOCK_K], full.index(stage), s_x.index(stage))
             if TRANSPOSED:
                 tma.async_copy_global_to_shared(d_w, [n_first, k * BLOCK_K], full.index(stage), s_w.index(stage))
@@ -276,7 +294,7 @@ def streaming_produce(
 
 @gluon.jit
 def streaming_fetch(d_extra, buffers, barriers, tiles, tiles_n, BLOCK_N: gl.constexpr):
-    _s_x, _s_w, s_out = buffers
+    _s_x, _s_w, s_out, _s_small = buffers
     _full, _empty, extra_full, extra_empty = barriers
     turn = 0
     if d_extra is not None:
@@ -294,13 +312,14 @@ def streaming_fetch(d_extra, buffers, barriers, tiles, tiles_n, BLOCK_N: gl.cons
 
 @gluon.jit
 def streaming_consume(
-    d_out, d_extra, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
+    d_out, d_extra, d_small, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
     INDEX: gl.constexpr, EPILOGUE: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    s_x, s_w, s_out = buffers
+    s_x, s_w, s_out, s_small = buffers
     full, empty, extra_full, extra_empty = barriers
-    other, row_scale, sums = beside
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    other, row_scale, column_scale, sums = beside
+    # An instruction takes 32 bytes of a row of x.
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 256 // s_x.dtype.primitive_bitwidth])
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -312,6 +331,8 @@ def streaming_consume(
             b_other = load_other(other, m_first, n_first, M, N, layout)
         if row_scale is not None:
             b_scale = load_scale(row_scale, m_first, M, layout)
+        if column_scale is not None:
+            b_scale = load_column_scale(column_scale, n_first, N, layout)
         # [ROWS, BLOCK_N]
         b_acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
         for k in range(steps):
@@ -329,8 +350,8 @@ def streaming_consume(
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         matmul_finish(
-            b_acc, b_other, b_scale, sums, None, d_out, d_extra, s_out.index(INDEX), extra_full.index(INDEX),
-            extra_empty.index(INDEX), turn, m_first, n_first, M, EPILOGUE, 0,
+            b_acc, b_other, b_scale, sums, None, d_out, d_extra, d_small, s_out.index(INDEX), s_small.index(INDEX),
+            extra_full.index(INDEX), extra_empty.index(INDEX), turn, m_first, n_first, M, EPILOGUE, 0,
         )  # fmt: skip
         turn += 1  # noqa: SIM113
     tma.store_wait(0)
@@ -338,7 +359,7 @@ def streaming_consume(
 
 @gluon.jit
 def matmul_streaming_kernel(
-    d_x, d_w, d_out, d_extra, beside, M, N, tiles, tiles_n, steps,
+    d_x, d_w, d_out, d_extra, d_small, beside, M, N, tiles, tiles_n, steps,
     EPILOGUE: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -349,7 +370,10 @@ def matmul_streaming_kernel(
         s_w = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], d_w.layout)
     else:
         s_w = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], d_w.layout)
-    s_out = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_N], d_out.layout)
+    s_out = gl.allocate_shared_memory(d_out.dtype, [2, ROWS, BLOCK_N], d_out.layout)
+    s_small = s_out  # as good as any where there is none
+    if d_small is not None:
+        s_small = gl.allocate_shared_memory(d_small.dtype, [2, ROWS, BLOCK_N], d_small.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     extra_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
@@ -361,13 +385,13 @@ def matmul_streaming_kernel(
         mbarrier.init(extra_full.index(i), count=1)
         mbarrier.init(extra_empty.index(i), count=1)
     fence_async_shared()
-    buffers = (s_x, s_w, s_out)
+    buffers = (s_x, s_w, s_out, s_small)
     barriers = (full, empty, extra_full, extra_empty)
     gl.warp_specialize(
         [
-            (streaming_consume, (d_out, d_extra, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
+            (streaming_consume, (d_out, d_extra, d_small, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
                                  0, EPILOGUE, TRANSPOSED, BLOCK_N, STAGES)),
-            (streaming_consume, (d_out, d_extra, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
+            (streaming_consume, (d_out, d_extra, d_small, buffers, barriers, beside, M, N, tiles, tiles_n, steps,
                                  1, EPILOGUE, TRANSPOSED, BLOCK_N, STAGES)),
             (streaming_produce, (d_x, d_w, buffers, barriers, tiles, tiles_n, steps,
                                  TRANSPOSED, BLOCK_N, BLOCK_K, STAGES)),
@@ -381,13 +405,13 @@ def matmul_streaming_kernel(
 # ------------------------------------------------------------------------------------------------------- launching
 def _blocks(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Copies of (rows, columns) of a matrix; what lies outside it reads as zero and is not written."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
 def copyable(*tensors: torch.Tensor | None) -> bool:
     """Whether TMA can address these matrices: 16-byte bases and rows."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in tensors if x is not None)
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors if x is not None)
 
 
 def _bind(device: torch.device) -> None:
@@ -403,28 +427,30 @@ def fits(inner: int, config: dict) -> bool:
 
 
 def launch(
-    x, w, out, extra, beside: tuple, epilogue: str, transposed: bool, configs: dict, processors: int, heads=None, half=0
-) -> None:
-    """beside: `other` and `row_scale`, which the epilogue reads, and the `sums` that it writes, each or None."""
+    x, w, out, extra, beside: tuple, epilogue: str, transposed: bool, configs: dict, processors: int,
+    heads=None, half=0, small=None,
+) -> None:  # fmt: skip
+    """beside: `other`, `row_scale` and `column_scale`, which the epilogue reads, and the `sums` that it writes, each or
+    None. small: an e4m3 copy of `out`, to be written, or None."""
     _bind(x.device)
     (rows, inner), columns = x.shape, out.shape[1]
     resident = fits(inner, configs["resident"])
-    config = configs["resident" if resident else "streaming"]
+    config = configs[("resident" if resident else "streaming") + ("_fp8" if x.element_size() == 1 else "")]
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
     tiles_n, steps = triton.cdiv(columns, block_n), triton.cdiv(inner, block_k)
     w_blocks = _blocks(w, block_n, block_k) if transposed else _blocks(w, block_k, block_n)
-    out_blocks, extra_blocks = _blocks(out, 64, block_n), None if extra is None else _blocks(extra, 64, block_n)
+    written = [None if y is None else _blocks(y, 64, block_n) for y in (out, extra, small)]
     options = {"EPILOGUE": epilogue, "TRANSPOSED": transposed, **config}
     if resident:
         tiles_m = triton.cdiv(rows, 64)
         ranges = min(max(processors // tiles_n, 1), tiles_m)
         matmul_resident_kernel[(tiles_n * ranges,)](
-            _blocks(x, 64, block_k), w_blocks, out_blocks, extra_blocks, beside, heads,
+            _blocks(x, 64, block_k), w_blocks, *written, beside, heads,
             rows, columns, tiles_m, tiles_n, ranges, HALF=half, STEPS=steps, **options,
         )  # fmt: skip
         return
     tiles = triton.cdiv(rows, 128) * tiles_n
     matmul_streaming_kernel[(min(tiles, processors),)](
-        _blocks(x, 128, block_k), w_blocks, out_blocks, extra_blocks, beside,
+        _blocks(x, 128, block_k), w_blocks, *written, beside,
         rows, columns, tiles, tiles_n, steps, **options,
     )  # fmt: skip

@@ -16,6 +16,8 @@ from torch import Tensor
 # F.rms_norm's default for half types is float32's epsilon; written out so that no version of torch can change it.
 RMS_EPS = torch.finfo(torch.float32).eps
 
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+
 # Newton-Schulz coefficients, one (a, b, c) an iteration. Classic: Muon's, for every iteration. Polar Express (arXiv
 # 2505.16932): minimax for these five in this order, as in pull request 1344; its last one serves any further iteration.
 CLASSIC = (3.4445, -4.7750, 2.0315)
@@ -254,6 +256,52 @@ def mlp(
 ) -> Tensor:  # (..., D)
     """x + leaky_relu(rms_norm(x, scale) up^T, 0.5)^2 down^T."""
     return linear_add(x, mlp_hidden(rms_norm(x, scale), up), down)[0]
+
+
+def e4m3(x: Tensor) -> Tensor:  # as x, and of its dtype
+    """The nearest number of fp8's e4m3, which ends at 448."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def unit_rows(
+    x: Tensor,  # (..., D)
+) -> tuple[Tensor, Tensor]:  # (..., D), (..., 1)
+    """What a product in fp8 takes for x: e4m3 of rows brought to length 448; and what x is in units of those.
+
+    No number of such a row is above 448, and no product of two rows above 448^2, whatever they are: nothing saturates,
+    no scale has to be measured, kept or guessed."""
+    unit = (x.square().mean(-1, keepdim=True) + RMS_EPS).sqrt() * (x.size(-1) ** 0.5 / E4M3_MAX)
+    return e4m3(x / unit), unit
+
+
+def mlp_fp8(
+    x: Tensor,  # (..., D)
+    up: Tensor,  # (F, D)
+    down: Tensor,  # (D, F)
+    scale: float,
+    squares: Tensor | None = None,  # of linear_add; not needed here
+) -> Tensor:  # (..., D)
+    """mlp with both products of e4m3 numbers, in float32 or wider, rounded once; its gradient is that of mlp as if they
+    were exact.
+
+    a = leaky_relu(u, 0.5)^2 is divided by what it would be of parallel x and row of up, over 448; the columns of down
+    are multiplied by as much.
+    """
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, up, down = x.to(wide), up.to(wide), down.to(wide)
+    x8, _ = unit_rows(x)
+    up8, unit = unit_rows(up)
+    factor = unit[:, 0] * (scale * x.size(-1) ** 0.5 / E4M3_MAX)
+    u = _valued(F.linear(rms_norm(x, scale), up), F.linear(x8, up8) * factor)
+    a, a_unit = F.leaky_relu(u, 0.5).square(), factor.square() * E4M3_MAX**3
+    down8, unit = unit_rows(down * a_unit)
+    y = _valued(F.linear(a, down), F.linear(e4m3(a / a_unit), down8) * unit[:, 0])
+    return (x + y).to(dtype)
+
+
+def _valued(exact: Tensor, value: Tensor) -> Tensor:
+    """value, with the gradient of exact."""
+    return exact + (value - exact).detach()
 
 
 def logits(

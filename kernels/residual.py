@@ -302,12 +302,13 @@ def mix_backward(
 def norm_forward(
     x: torch.Tensor,  # (M, D)
     scale: float = 1.0,
+    dtype: torch.dtype | None = None,  # of h; default: that of x
 ) -> tuple[torch.Tensor, torch.Tensor]:  # h (M, D), rstd (M,) float32
     """h = x * rstd * scale and rstd = 1 / sqrt(mean(x^2) + eps)."""
     expect_dim("norm_forward", x)
     expect("norm_forward", x=(x, x.shape, DTYPES))
     rows, dim = x.shape
-    h, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    h, rstd = torch.empty_like(x, dtype=dtype), torch.empty(rows, dtype=torch.float32, device=x.device)
     config = tile(settings("residual", x.device)["norm_forward"], dim)
     norm_fwd_kernel[(triton.cdiv(rows, config["ROWS"]),)](x, h, rstd, scale, rows, **config)
     return h, rstd

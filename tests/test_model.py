@@ -250,12 +250,12 @@ def test_kernels_on_a_gpu_are_as_near_float64_as_the_reference(kernels: str, doc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("document_mask", [False, True])
-def test_a_captured_micro_step_is_the_same_as_launched_ones(document_mask: bool) -> None:
+@pytest.mark.parametrize(("document_mask", "kernels"), [(False, "auto"), (True, "auto"), (True, "auto,mlp=fp8")])
+def test_a_captured_micro_step_is_the_same_as_launched_ones(document_mask: bool, kernels: str) -> None:
     """Loss and gradients of several steps, two micro-steps each, weights changing between them, both depths."""
     device = torch.device("cuda")
     config = small_config(document_mask)
-    model = GPT(config, select("auto", device), torch.bfloat16).initialise(3).to(device)
+    model = GPT(config, select(kernels, device), torch.bfloat16).initialise(3).to(device)
     rotary = model.rotary(512)
     captured = micro_step(model, rotary, (config.depth(False), config.depth(True)))
     assert isinstance(captured, Captured)
@@ -281,6 +281,54 @@ def test_a_captured_micro_step_is_the_same_as_launched_ones(document_mask: bool)
                 gradient, parameter.grad, rtol=2e-2, atol=2e-3 * gradient.abs().max().item(), msg=name
             )
         model.zero_grad(set_to_none=True)
+
+
+def test_fp8_trains_and_does_not_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(num_layers=2, recur_layers=(1,))
+    model, plain = (GPT(config, select(kernels, CPU)).initialise(3) for kernels in ("auto,mlp=fp8", "reference"))
+    with torch.no_grad():
+        for each in (model, plain):
+            each.qo_bank[2:].copy_(each.qo_bank[:2])
+            each.mlp_down_bank.copy_(each.mlp_up_bank.mT)
+    tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(4))
+    x, y, depth, rotary = tokens[:, :-1], tokens[:, 1:], config.depth(True), model.rotary(32)
+    found, exact = model(x, y, depth, rotary), plain(x, y, depth, rotary)
+    assert found != exact
+    assert found.item() == pytest.approx(exact.item(), rel=0.02)
+    found.backward()
+    exact.backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert (p.grad - q.grad).norm() <= 0.3 * q.grad.norm(), name
+    with torch.no_grad():
+        assert torch.equal(model.losses(x, y, depth, rotary), plain.losses(x, y, depth, rotary))
+
+    assert model.ops.names["mlp"] == "fp8"
+    for kernels in ("fp8", "auto,linear_add=fp8"):
+        with pytest.raises(KernelError, match="has no fp8; wanted BASE,mlp=fp8"):
+            select(kernels, CPU)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert select("auto,mlp=fp8", cuda).capturable
+    assert not select("compiled,mlp=fp8", cuda).capturable
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(KernelError, match=r"capability 8.9 or later; found 8\.6"):
+        select("auto,mlp=fp8", cuda)
+
+
+def test_fp8_products_never_saturate() -> None:
+    """Rows that are parallel, alone in one place, huge, tiny or zero: nothing above 448, the error that of rounding."""
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(24, 32, generator=generator, dtype=torch.float64)
+    up[3], up[4] = torch.eye(32)[7], 0.0
+    x = torch.cat((up[:4] * 1e6, -up[:4] * 1e-3, torch.zeros(1, 32), torch.randn(55, 32, generator=generator)))
+    x8, unit = reference.unit_rows(x)
+    assert x8.abs().max() == 448
+    assert ((x8 * unit - x).norm(dim=1) <= 0.04 * x.norm(dim=1)).all()
+    down = torch.randn(32, 24, generator=generator, dtype=torch.float64)
+    exact, found = (op(x, up, down, 0.7) - x for op in (reference.mlp, reference.mlp_fp8))
+    assert ((found - exact).norm(dim=1) <= 0.15 * exact.norm(dim=1)).all()
 
 
 def test_orthogonal_banks() -> None:
@@ -332,7 +380,7 @@ def test_an_explicit_choice_of_kernels_never_falls_back(monkeypatch: pytest.Monk
     with pytest.raises(KernelError, match=r"Triton kernels run on a GPU, or interpreted.*found device cpu"):
         select("compiled,attention=triton", CPU)
     assert select("compiled,attention=triton", torch.device("cuda")).names["attention"] == "triton"
-    with pytest.raises(KernelError, match=r"'cuda'.*reference, compiled, triton"):
+    with pytest.raises(KernelError, match=r"'cuda'.*reference, compiled, triton, fp8"):
         select("cuda", CPU)
     with pytest.raises(KernelError, match="no op 'nope'"):
         select("compiled,nope=reference", CPU)
