@@ -10,9 +10,9 @@ captured, the host's launches may be timed too), one implementation after the ot
 emptied before each; medians. Peers: `compiled` is torch.compile of the reference with mix-order reduction off;
 `cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa` compute attention with their own kernel and XSA with torch.compile;
 `liger` and `quack`. A peer that is not installed, raises or gives wrong values is left out with a word; ours ends the
-run. `triton-packed` is what the model calls: q, k and v are heads of one
-tensor, and so are their gradients. `reference_error` is the error of the framework's own op: cuDNN's, FlexAttention's
-for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
+run. `triton-packed` is what the model calls: q, k and v are heads of one tensor, and so are their gradients.
+`triton-fp8` is checked against a specification of its own. `reference_error` is the error of the framework's own op:
+cuDNN's, FlexAttention's for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Workload:
     checked: tuple[int, int] | None = None
     # Implementations that take the inputs, one behind the other along the heads, as one tensor (B, T, heads, D).
     packed: dict[str, Tensor] = field(default_factory=dict)
+    # The specification of implementations that are of other arithmetic.
+    exact_of: dict[str, Function] = field(default_factory=dict)
 
     def inputs_of(self, name: str) -> tuple[Tensor, ...]:
         return (self.packed[name],) if name in self.packed else self.inputs
@@ -193,8 +195,14 @@ def mlp_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
         "triton": lambda x, up, down: mlp.mlp(x, up, down, 1.0),
         "compiled": compiled(lambda x, up, down: reference.mlp(x, up, down, 1.0)),
     }
+    if torch.cuda.get_device_capability() >= (8, 9):
+        implementations["triton-fp8"] = lambda x, up, down: mlp.mlp_fp8(x, up, down, 1.0)
     return Workload(
-        (x, up, down), lambda x, up, down: reference.mlp(x, up, down, 1.0), implementations, (flops, 2 * flops)
+        (x, up, down),
+        lambda x, up, down: reference.mlp(x, up, down, 1.0),
+        implementations,
+        (flops, 2 * flops),
+        exact_of={"triton-fp8": lambda x, up, down: reference.mlp_fp8(x, up, down, 1.0)},
     )
 
 
@@ -357,12 +365,16 @@ def errors(workload: Workload) -> dict[str, tuple[float, float]]:
     """Relative Frobenius errors against float64, the worst of the outputs and of the gradients; NaN where one is."""
     rows, tail = workload.checked or (None, 0)
     exact_inputs = [x.detach()[:rows].double().requires_grad_(x.requires_grad) for x in workload.inputs]
-    wanted = outputs(workload.exact(*exact_inputs))
-    g = [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in wanted]
     leaves = [x for x in exact_inputs if x.requires_grad]
-    truth = torch.autograd.grad(wanted, leaves, g)
-    found = {}
+    g: list[Tensor] = []
+    truths, found = {}, {}
     for name, function in workload.implementations.items():
+        exact = workload.exact_of.get(name, workload.exact)
+        if exact not in truths:
+            wanted = outputs(exact(*exact_inputs))
+            g = g or [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in wanted]
+            truths[exact] = wanted, torch.autograd.grad(wanted, leaves, g)
+        wanted, truth = truths[exact]
         with peer(name):
             inputs = [x.detach().requires_grad_(x.requires_grad) for x in workload.inputs_of(name)]
             out = outputs(function(*inputs))

@@ -3,13 +3,13 @@
     python -m bench.step --tokens data/fineweb_val_000000.bin
 
 One GPU's share of the seed's step: 48 rows of 2048 tokens, 11 or 14 layers, dense or document-masked attention, bf16.
-`triton` is ours, replayed as a CUDA graph as in training; `compiled` is torch.compile of the reference with cuDNN
-attention and mix-order reduction off. Steps of all implementations of a case alternate in one process; figures are
-medians. Parts come from the profiler's kernel times, gaps are what is left. The least they can take: products and
-attention, their FLOPs at the measured rate of an 8192^3 product; loss, the logits read and written once;
-percent_of_ceiling is the sum of these three over the whole time. Beside glue stands no such bound but the traffic of
-our own schedule, its passes over the residual stream at the speed of a copy. Writes bench/results/step-<gpu>.json and
-.png.
+`triton` is ours, replayed as a CUDA graph as in training, and `triton-fp8`, on demand, ours with mlp=fp8; `compiled` is
+torch.compile of the reference with cuDNN attention and mix-order reduction off. Steps of all implementations of a case
+alternate in one process; figures are medians. Parts come from the profiler's kernel times, gaps are what is left. The
+least they can take: products and attention, their FLOPs at the measured rate of an 8192^3 product; loss, the logits
+read and written once; percent_of_ceiling is the sum of these three over the whole time. Beside glue stands no such
+bound but the traffic of our own schedule, its passes over the residual stream at the speed of a copy. Writes
+bench/results/step-<gpu>.json and .png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kernels import AUTO, select
 
 ROWS, LENGTH = 48, 2048
 CASES = {"14-layers": (True, False), "11-layers": (False, False), "14-layers-documents": (True, True)}
-IMPLEMENTATIONS = {"triton": AUTO, "compiled": "compiled"}
+IMPLEMENTATIONS = {"triton": AUTO, "compiled": "compiled", "triton-fp8": f"{AUTO},mlp=fp8"}
 PARTS = ("products", "attention", "glue", "loss")
 BOUNDED = ("products", "attention", "loss")  # parts with a least time that no schedule can change
 # The first pattern that a kernel's name matches says its part.
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description="Time the training step and its parts.")
     parser.add_argument("--tokens", type=Path, required=True, help="a token shard: its first rows are the batch")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--impl", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--impl", nargs="+", default=["triton", "compiled"], choices=IMPLEMENTATIONS)
     parser.add_argument("--kernels", type=int, default=0, help="longest kernels to list in each part")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/step-<gpu>.json")
     options = parser.parse_args(arguments)

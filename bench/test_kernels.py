@@ -36,7 +36,8 @@ def workload(op: str, case: str) -> tuple[Workload, dict[str, tuple[float, float
 
 
 IMPLEMENTATIONS = (
-    "triton", "triton-packed", "triton-deterministic", "compiled", "cudnn+xsa", "fa4+xsa", "flex+xsa", "liger", "quack"
+    "triton", "triton-packed", "triton-deterministic", "triton-fp8", "compiled", "cudnn+xsa", "fa4+xsa", "flex+xsa",
+    "liger", "quack",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_errors_cover_every_output_and_gradient() -> None:
     for name in ("triton", "triton-packed"):
         calls = phases(work, name)
         assert [len(calls["_backward"]()) for _ in range(2)] == [len(work.inputs_of(name))] * 2
+
+
+def test_other_arithmetic_has_its_own_specification() -> None:
+    def other(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * q * k, k.exp()
+
+    work = replace(workload(triton=good, other=other, wrong=other), exact_of={"other": other})
+    found = errors(work)
+    assert right(found["triton"])
+    assert right(found["other"])
+    assert not right(found["wrong"])
 
 
 def test_nan_is_wrong_wherever_it_is() -> None:
