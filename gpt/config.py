@@ -185,8 +185,8 @@ class Config(BaseModel):
     runs_path: Path = Path("runs")
     device: Literal["auto", "cuda", "cpu"] = "auto"
     kernels: str = "auto"
-    """reference, compiled or triton, with overrides by op: compiled,attention=triton. auto: Triton on a GPU, reference
-    on a CPU."""
+    """reference, compiled or triton, with overrides by op: compiled,attention=triton or auto,mlp=fp8. auto: Triton on a
+    GPU, reference on a CPU."""
     train_log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(1000, ge=0)
     """Steps between checkpoints; 0 for one at the end only."""
