@@ -5,7 +5,8 @@
 
 Seed settings on one GPU (preset one-gpu): real text in the same order, 98,304 tokens a step, recurrence from the middle
 of the run on, so both depths are in it; optimizer, clip and EMA included. Two runs agree where they differ by no more
-than two seeds of one implementation do. Writes bench/results/convergence-<gpu>.json and .png.
+than two seeds of one implementation do. With --tokenizer-path the EMA weights are scored as well, plainly, on the
+folder's validation tokens. Writes bench/results/convergence-<gpu>.json and .png.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ import torch
 from bench.common import COLORS, write_result
 from gpt.capture import micro_step
 from gpt.config import Config, build_config
-from gpt.data import TrainLoader
+from gpt.data import TrainLoader, load_validation
 from gpt.distributed import Ranks
 from gpt.model import GPT
 from gpt.optimizer import Optimizer
+from gpt.score import score, validation_text
+from gpt.tokenizer import Tokenizer
 from kernels import select
 
 
-def run(config: Config, kernels: str, ranks: Ranks, steps: int) -> dict[str, Any]:
-    """Train `steps` steps from the start. Compiling happens in steps that no median sees."""
+def run(config: Config, kernels: str, ranks: Ranks, steps: int, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """Train `steps` steps from the start; with a tokenizer, score. Compiling happens in steps that no median sees."""
     model = GPT(config, select(kernels, ranks.device), ranks.dtype).initialise(config.seed).to(ranks.device)
     optimizer = Optimizer(model, config, ranks)
-    forward_backward = micro_step(model, model.rotary(2048), [config.depth(x) for x in (False, True)])
+    forward_backward = micro_step(model, model.rotary(config.train_seq_len), [config.depth(x) for x in (False, True)])
     losses, events = [], [torch.cuda.Event(enable_timing=True)]
     begin = time.perf_counter()
     with TrainLoader(config, 0, 1, ranks.device) as loader:
@@ -50,12 +53,20 @@ def run(config: Config, kernels: str, ranks: Ranks, steps: int) -> dict[str, Any
                 first = time.perf_counter() - begin
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    bpb = None
+    if tokenizer:
+        del forward_backward  # its graphs hold the memory of a whole step
+        model.load_state_dict(optimizer.ema_state())
+        tokens = load_validation(config.data_path, config.vocab_size)
+        text, context = validation_text(tokens, tokenizer.byte_table(), ranks.device), config.context
+        depth, batch = config.depth_at(steps - 1), config.val_batch_size
+        bpb = score(model, text, depth, ranks, context=context, stride=context, batch_tokens=batch).bpb
     switch = config.recur_start_step
     ms = [round(statistics.median(part), 2) for part in (times[:switch], times[switch:])]
     return {
         "op": "convergence", "case": f"{steps}-steps", "impl": kernels, "seed": config.seed,
         "ms": ms[1], "ms_by_layers": {"11": ms[0], "14": ms[1]},
-        "ms_switch": round(times[switch], 2), "first_step_s": round(first, 1),
+        "ms_switch": round(times[switch], 2), "first_step_s": round(first, 1), "bpb": bpb and round(bpb, 5),
         "losses": [round(loss, 4) for loss in torch.stack(losses).tolist()],
     }  # fmt: skip
 
@@ -70,7 +81,7 @@ def differences(rows: Sequence[dict[str, Any]], window: int) -> list[str]:
         lines.append(
             f"{row['impl']:44s} seed {row['seed']}  {row['ms_by_layers']['11']:8.2f}{row['ms_by_layers']['14']:8.2f} ms"
             f"  last loss {sum(row['losses'][-window:]) / window:.4f}  difference {delta[-window:].mean().item():+.4f}"
-            f"  worst {worst:.4f}"
+            f"  worst {worst:.4f}" + (f"  BPB {row['bpb']:.4f}" if row.get("bpb") else "")
         )
     return lines
 
@@ -106,6 +117,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--data-path", type=Path, required=True, help="folder with fineweb_train_*.bin")
+    parser.add_argument("--tokenizer-path", type=Path, help="score the weights that come out, too")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/convergence-<gpu>.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -113,12 +125,13 @@ def main(arguments: list[str]) -> int:
         return 2
     torch.set_float32_matmul_precision("high")
     ranks, rows = Ranks(0, 1, torch.device("cuda", 0)), []
+    tokenizer = Tokenizer(options.tokenizer_path) if options.tokenizer_path else None
     for seed in options.seeds:
         for kernels in options.kernels:
             config = build_config(
                 preset="one-gpu", seed=seed, data_path=options.data_path, recur_start_step=options.steps // 2
             )
-            rows.append(run(config, kernels, ranks, options.steps))
+            rows.append(run(config, kernels, ranks, options.steps, tokenizer))
             torch.cuda.empty_cache()
             print(differences(rows, 25)[-1], flush=True)
     command = "python -m bench.convergence " + " ".join(arguments)
