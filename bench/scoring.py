@@ -1,33 +1,44 @@
 """Scoring in every form, beside straightforward implementations, and what it would take for all of FineWeb.
 
     python -m bench.scoring --tokens data/fineweb_val_000000.bin --artifact runs/NAME/model.pga --tokenizer BPE.model
-    python -m bench.scoring --tokens data/fineweb_train_000000.bin --count 1000000       a model with random weights
+    python -m bench.scoring --tokens data/fineweb_train_000000.bin --limit-tokens 1000000     with random weights
+    python -m bench.scoring --tokens TRAIN_SHARD --limit-tokens 262145 --artifact ... --tokenizer ... --subset 0 \\
+        --ttt chunk,lr=0.002 --ttt chunk,lr=0.01 --ttt document,lr=2e-4 --out sweep.json      what settings gain
 
-`triton` is ours. `plain` is the straightforward implementation beside it, on the first --subset tokens, where ours runs
-once more: eager ops, 32 windows at a time, logits of every position, the host waiting for each loss; for `document` one
-document after the other, its whole matrices made for every piece. Values come first: no speed is printed where the two
-disagree by more than 0.3% of the nats (bf16; in float32 tests/test_score.py and tests/test_ttt.py compare to 1e-6).
+Sliding and plain scoring run over all tokens, test-time training on the first --ttt-tokens: their gain is over sliding
+on the same tokens. `plain` is the straightforward implementation beside each, on the first tokens alone (--subset; for
+`chunk` at least two chunks that train; for `document` a quarter, since it takes one after the other), where ours runs
+once more: eager ops, 32 windows at a time, logits of every position, the host waiting for each loss; for `document` its
+whole matrices made for every piece. Both have run on the first part of them, a step of training included, before they
+are timed. There is no speed where the two disagree by more than 0.3% of the nats (bf16; in float32 tests/test_score.py
+and tests/test_ttt.py compare to 1e-6).
 
 The projection is for 40,540,160 tokens on 8 GPUs, from what was measured on one, compiling not counted:
 
     sliding     seconds * (40,540,160 / tokens) / 8
     chunk       that, and 40,540,160 / 32,768 chunks * 3 epochs * (a step of 2 rows + its all-reduce). A step: chunks of
                 4,096 tokens in steps of 2 rows, less the seconds of sliding over the same text, by the number of steps.
-                All-reduce: 2 * 7/8 * 4 bytes of every weight at --bus GB/s, an assumption, not a measurement
+                All-reduce: 2 * 7/8 * 4 bytes of every weight at 100 GB/s, an assumption, not a measurement
     document    at most 40,540,160 / 64 pieces * (seconds of a piece whose window is full) / 8, as if no window of any
-                document were shorter than the context. A full piece: --long documents of twice the context, less those
-                of one context, by the number of pieces between
+                document were shorter than the context. A full piece: documents of 1 1/4 contexts, less those of one, by
+                the number of pieces between. Beside it `as_measured_s`: the seconds of the tokens at hand, scaled
 
-Writes bench/results/scoring-<gpu>.json: seconds, tokens/s, nats per token, BPB, and FLOPs of products and attention.
+Writes bench/results/scoring-<gpu>.json after each part: seconds, tokens/s, nats per token, BPB, FLOPs of products and
+attention; in a form's row its gain and projection; and a row `judged` for each figure that something is asked of. A
+part that fails is said and left out, and the exit code is 1 then, or where the two disagree.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import operator
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +47,21 @@ import torch
 from torch import Tensor
 
 from bench.common import ceilings, read_tokens, write_result
-from gpt.artifact import load
-from gpt.config import BOS, build_config
+from gpt.artifact import ArtifactError, load
+from gpt.config import BOS, ConfigError, build_config
+from gpt.data import DataError
 from gpt.distributed import Ranks
 from gpt.model import GPT, Matrices
 from gpt.score import Score, ValidationText, score, validation_text
 from gpt.tokenizer import Tokenizer
-from gpt.ttt import Chunk, Document, Form, adapt, documents_of, parse_form
+from gpt.ttt import Chunk, Document, Form, Phased, adapt, documents_of, parse_form
 from kernels import select
 
-FINEWEB, GPUS = 40_540_160, 8
-TOLERANCE = 3e-3
+FINEWEB, GPUS, LIMIT = 40_540_160, 8, 400.0  # tokens, and the seconds that they may take with test-time training
+BUS = 100.0  # GB/s of an all-reduce, for the projection
+SEED_TOKENS, SEED_SECONDS = 2_543_580, 64.8  # sliding in the seed's script: bench/results/seed-script-h100.json
+TOLERANCE, DISAGREEMENT = 3e-3, "relative difference of nats from straightforward"
+Plain = Callable[[GPT, ValidationText], list[float]]
 
 
 # The straightforward implementations. Each returns nats of every target, and keeps no ledger.
@@ -149,8 +164,9 @@ def flops(model: GPT, depth: Sequence[int], rows: int, context: int, scored: int
 class Bench:
     """What is measured, on what, and the rows so far."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, device = options, torch.device("cuda", 0)
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.ours = "triton" if device.type == "cuda" else "reference"  # what `auto` is there
         torch.set_float32_matmul_precision("high")
         self.ranks = Ranks(0, 1, device)
         if options.artifact:
@@ -166,169 +182,267 @@ class Bench:
             state = made.state_dict()
         if options.documents:
             self.config = self.config.model_copy(update={"document_mask": True})
-        self.case = "documents" if self.config.document_mask else "seed"
         self.context = self.config.context
         self.model, self.plain = (self._model(kernels, state) for kernels in ("auto", "reference"))
         size = (options.tokens.stat().st_size - 1024) // 2
-        self.tokens = read_tokens(options.tokens, min(size, options.count or size)).to(device)
-        self.measured = ceilings()
+        tokens = read_tokens(options.tokens, min(size, options.limit_tokens or size))
+        if options.tokenizer:
+            table = Tokenizer(options.tokenizer).byte_table()
+            self.text = validation_text(tokens.numpy().astype(np.uint16), table, device)
+        else:
+            self.text = unmeasured(tokens.to(device))
+        self.measured = ceilings() if device.type == "cuda" else {}
         self.rows: list[dict[str, Any]] = []
-        self.seconds: dict[str, float] = {}
-        print(f"{torch.cuda.get_device_name()}: {self.measured}; {self.tokens.numel():,d} tokens, "
-              f"{len(documents_of(self.text(self.tokens)))} documents, {self.case}", flush=True)  # fmt: skip
+        self.sliding: Score | None = None  # over all tokens
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        print(f"{name}: {self.measured}; {tokens.numel():,d} tokens, {len(documents_of(self.text))} documents"
+              f"{', masked' if self.config.document_mask else ''}", flush=True)  # fmt: skip
 
     def _model(self, kernels: str, state: dict[str, Tensor]) -> GPT:
-        model = GPT(self.config, select(kernels, self.ranks.device), torch.bfloat16)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model = GPT(self.config, select(kernels, self.device), dtype)
         model.load_state_dict(state)
-        return model.to(self.ranks.device).eval().requires_grad_(False)
+        return model.to(self.device).eval().requires_grad_(False)
 
-    def text(self, tokens: Tensor) -> ValidationText:
-        """With the bytes of each token; 1 for each where no tokenizer is given."""
-        if self.options.tokenizer:
-            table = Tokenizer(self.options.tokenizer).byte_table()
-            return validation_text(tokens.cpu().numpy().astype(np.uint16), table, self.ranks.device)
-        return ValidationText(tokens.int(), torch.ones(tokens.numel() - 1, dtype=torch.int16, device=tokens.device))
+    def first(self, tokens: int) -> ValidationText:
+        return ValidationText(self.text.tokens[:tokens], self.text.lengths[: tokens - 1])
 
-    def score(self, tokens: Tensor, form: Form | None = None, stride: int | None = None) -> Score:
-        text, stride, batch = self.text(tokens), stride or self.options.stride, self.options.batch_tokens
+    def score(self, text: ValidationText, form: Form | None = None, stride: int | None = None) -> Score:
+        stride, batch = stride or self.options.stride, self.options.batch_tokens
         where = (self.model, text, self.depth, self.ranks)
         if form is None:
             return score(*where, context=self.context, stride=stride, batch_tokens=batch)
         return adapt(*where, form, context=self.context, stride=stride, batch_tokens=batch)
 
-    def note(self, op: str, impl: str, seconds: float, nats: Sequence[float] | Tensor, work: float = 0.0) -> None:
-        nats = torch.as_tensor(nats, dtype=torch.float64).cpu()
-        size = int(self.text(self.tokens[: nats.numel() + 1]).lengths.sum()) if self.options.tokenizer else 0
-        bpb = float(nats.sum()) / np.log(2) / size if size else None
-        tflops = work / seconds / 1e12
-        self.rows.append({
-            "op": op, "case": self.case if nats.numel() == self.tokens.numel() - 1 else f"{self.case}-{nats.numel()}",
-            "impl": impl, "ms": round(1e3 * seconds, 1), "tflops": round(tflops, 1) if work else None, "gb_s": None,
-            "percent_of_ceiling": round(100 * tflops / self.measured["bf16_tflops"], 1) if work else None,
-            "seconds": round(seconds, 3), "tokens": nats.numel(), "tokens_per_s": round(nats.numel() / seconds),
-            "nats_per_token": round(float(nats.mean()), 6), "bpb": bpb,
-        })  # fmt: skip
-        print(f"{op:18s}{self.rows[-1]['case']:18s}{impl:8s}{seconds:9.3f} s {nats.numel():10,d} tokens "
-              f"{nats.numel() / seconds:12,.0f} tokens/s  {float(nats.mean()):9.5f} nats/token"
-              + (f"  {bpb:8.5f} BPB" if bpb else "") + (f"  {tflops:5.0f} TFLOP/s" if work else ""),
-              flush=True)  # fmt: skip
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
-    def beside(self, op: str, plain: Any, form: Form | None = None) -> None:
-        """A straightforward implementation, a function of a model and tokens, and ours on the same tokens."""
-        subset = self.tokens[: self.options.subset]
-        self.score(subset[: 2 * self.context + 1], form)  # the first of a kind pays for allocations
-        ours = self.score(subset, form)
+    def bpb(self, nats: Tensor) -> float | None:
+        """Of the first targets, from the nats of each; None without a tokenizer."""
+        size = int(self.text.lengths[: nats.numel()].sum())
+        return float(nats.double().sum()) / math.log(2) / size if self.options.tokenizer else None
+
+    def note(self, op: str, impl: str, seconds: float | None, nats: Tensor, work: float = 0.0) -> dict[str, Any]:
+        """Add a row, which it returns; seconds: None where there is no speed to speak of."""
+        count, bpb = nats.numel(), self.bpb(nats)
+        tflops = work / seconds / 1e12 if seconds else 0.0
+        ceiling = self.measured.get("bf16_tflops")
+        row = {
+            "op": op, "case": f"{self.options.tokens.stem}-{count}{'-masked' if self.config.document_mask else ''}",
+            "impl": impl, "ms": round(1e3 * seconds, 1) if seconds else None,
+            "tflops": round(tflops, 1) if tflops else None, "gb_s": None,
+            "percent_of_ceiling": round(100 * tflops / ceiling, 1) if tflops and ceiling else None,
+            "seconds": round(seconds, 3) if seconds else None, "tokens": count,
+            "tokens_per_s": round(count / seconds) if seconds else None,
+            "nats_per_token": round(float(nats.double().mean()), 6), "bpb": bpb,
+        }  # fmt: skip
+        self.rows.append(row)
+        speed = f"{seconds:9.3f} s {count / seconds:12,.0f} tokens/s" if seconds else f"{'no speed':>31s}"
+        print(f"{op:28s} {row['case']:36s} {impl:9s}{speed}  {row['nats_per_token']:9.5f} nats/token"
+              + (f"  {bpb:8.5f} BPB" if bpb else "") + (f"  {tflops:5.0f} TFLOP/s" if tflops else ""),
+              flush=True)  # fmt: skip
+        return row
+
+    def judge(self, what: str, found: float, sign: str, wanted: float) -> None:
+        """A row that says whether a figure is what was wanted."""
+        met = {"<": operator.lt, ">": operator.gt, ">=": operator.ge}[sign](found, wanted)
+        self.rows.append({
+            "op": "judged", "case": what, "impl": self.ours, "ms": None, "tflops": None, "gb_s": None,
+            "percent_of_ceiling": None, "found": found, "wanted": f"{sign} {wanted:g}", "met": met,
+        })  # fmt: skip
+        print(f"{what}: {found:.4g}, wanted {self.rows[-1]['wanted']}: {'met' if met else 'NOT met'}", flush=True)
+
+    def project(self, row: dict[str, Any], seconds: float, formula: str, **numbers: float) -> None:
+        row["projection"] = {
+            "tokens": FINEWEB, "gpus": GPUS, "seconds": round(seconds, 2), "formula": formula, **numbers
+        }  # fmt: skip
+        print(f"{FINEWEB:,d} tokens on {GPUS} GPUs, {row['op']}: {formula} = {seconds:.0f} s; {numbers}", flush=True)
+        if row["op"] != "sliding_score":
+            self.judge(f"{row['op']}: seconds for {FINEWEB:,d} tokens on {GPUS} GPUs", round(seconds, 2), "<", LIMIT)
+
+    def beside(self, op: str, plain: Plain, part: int, warm: int, form: Form | None = None) -> None:
+        """A straightforward implementation and ours on the first `part` tokens, both run on `warm` of them before."""
+        text = self.first(part)
+        self.score(self.first(warm), form)
+        ours = self.score(text, form)
         weights = list(self.plain.parameters())
         saved = [weight.detach().clone() for weight in weights]
-        for tokens in (subset[: self.context + 65], subset):  # the first to warm up
+        try:
+            for tokens in (self.first(warm), text):
+                for weight, value in zip(weights, saved, strict=True):
+                    weight.requires_grad_(False).copy_(value).requires_grad_(isinstance(form, Chunk))
+                self.synchronize()
+                begin = time.perf_counter()
+                found = plain(self.plain, tokens)
+                self.synchronize()
+                seconds = time.perf_counter() - begin
+        finally:
             for weight, value in zip(weights, saved, strict=True):
-                weight.requires_grad_(False).copy_(value).requires_grad_(isinstance(form, Chunk))
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            found = plain(self.plain, tokens)
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - begin
-        for weight, value in zip(weights, saved, strict=True):
-            weight.requires_grad_(False).copy_(value).grad = None
-        off = abs(float(ours.log.double().sum()) / sum(found) - 1)
-        worst = float((ours.log.cpu() - torch.tensor(found)).abs().max())
-        print(f"{op}: nats differ by {100 * off:.4f}% in all, by {worst:.4f} at a token")
-        if not off < TOLERANCE:
-            raise SystemExit(f"bench.scoring: {op}: the two disagree; no speeds")
-        self.note(op, "triton", ours.seconds, ours.log)
-        self.note(op, "plain", seconds, found)
-        print(f"{op}: {seconds / ours.seconds:.2f} times as fast as the straightforward implementation", flush=True)
+                weight.requires_grad_(False).copy_(value).grad = None
+        exact = torch.tensor(found, dtype=torch.float64)
+        log = ours.log.double().cpu()
+        off = abs(float(log.sum() / exact.sum()) - 1)
+        right = off < TOLERANCE  # not where it is NaN
+        row = self.note(op, self.ours, ours.seconds if right else None, log)
+        self.note(op, "plain", seconds if right else None, exact)
+        row["nats_off"], row["worst_nats_off"] = off, float((log - exact).abs().max())
+        print(f"{op}: nats differ by {100 * off:.4f}% in all, by {row['worst_nats_off']:.4f} at a token", flush=True)
+        self.judge(f"{op}: {DISAGREEMENT}", off, "<", TOLERANCE)
+        if right:
+            row["times_as_fast_as_plain"] = round(seconds / ours.seconds, 2)
+            print(f"{op}: {row['times_as_fast_as_plain']} times as fast as the straightforward one", flush=True)
+            if form is not None:
+                self.judge(f"{op}: times as fast as straightforward", row["times_as_fast_as_plain"], ">=", 2)
 
-    def sliding(self) -> None:
-        options, count = self.options, self.tokens.numel() - 1
-        self.beside("sliding_score", lambda model, tokens: plain_windows(
-            model, tokens, self.depth, self.context, options.stride, 0, tokens.numel() - 1))  # fmt: skip
-        for op, stride in (("plain_score", self.context), ("sliding_score", options.stride)):
-            found = self.score(self.tokens, stride=stride)
+    def sliding_whole(self) -> None:
+        count = self.text.targets
+        for op, stride in (("plain_score", self.context), ("sliding_score", self.options.stride)):
+            found = self.score(self.text, stride=stride)
             rows = max(1, count // stride)
             work = flops(self.model, self.depth, rows, self.context, stride) if not self.config.document_mask else 0.0
-            self.note(op, "triton", found.seconds, found.log, work)
-            self.seconds[op] = found.seconds
-        whole = self.seconds["sliding_score"] * FINEWEB / count / GPUS
-        print(f"FineWeb on {GPUS} GPUs, sliding: {self.seconds['sliding_score']:.2f} s * {FINEWEB:,d} / {count:,d} / "
-              f"{GPUS} = {whole:.0f} s", flush=True)  # fmt: skip
+            row = self.note(op, self.ours, found.seconds, found.log, work)
+        self.sliding = found
+        self.project(row, found.seconds * FINEWEB / count / GPUS, "seconds * fineweb / tokens / gpus")
+        if count + 1 == SEED_TOKENS:
+            row["times_as_fast_as_the_seeds_script"] = round(SEED_SECONDS / found.seconds, 2)
+            self.judge(f"sliding_score: times as fast as the seed's script, {SEED_SECONDS} s on one H100",
+                       SEED_SECONDS / found.seconds, ">=", 3)  # fmt: skip
 
-    def form(self, name: str) -> None:
-        form, tokens = parse_form(name), self.tokens[: self.options.form_count]
-        op = f"ttt_{form.name}"
-        if isinstance(form, Chunk):
+    def sliding_beside(self) -> None:
+        self.beside("sliding_score", lambda model, text: plain_windows(
+            model, text.tokens.long(), self.depth, self.context, self.options.stride, 0, text.targets),
+            self.options.subset, min(self.options.subset, 2 * self.context + 1))  # fmt: skip
+
+    def form(self, name: str, form: Form) -> None:
+        """Score the tokens for test-time training and say what is gained over sliding, whose windows are the same."""
+        found = self.score(self.first(self.options.ttt_tokens), form)
+        op = f"ttt_{name}"
+        row = self.note(op, self.ours, found.seconds, found.log)
+        row["settings"] = found.settings
+        if self.sliding is None:
+            raise RuntimeError("sliding was not measured, nothing to compare with")
+        sliding = self.sliding.log[: found.tokens]
+        row["sliding_nats_per_token"], row["sliding_bpb"] = float(sliding.double().mean()), self.bpb(sliding)
+        row["gain_nats_per_token"] = float((sliding.double() - found.log.double()).mean())
+        bits = row["sliding_bpb"] - row["bpb"] if row["bpb"] else None
+        row["gain_bpb"] = bits
+        print(f"{op}: {row['gain_nats_per_token']:.5f} nats a token"
+              + (f", {bits:.5f} BPB" if bits is not None else "") + " better than sliding", flush=True)  # fmt: skip
+        if self.options.subset and bits is not None:
+            self.judge(f"{op}: BPB gained over sliding, on {found.tokens:,d} tokens", bits, ">", 0)
+
+    def form_beside(self, name: str, form: Form) -> None:
+        part, op = self.options.subset, f"ttt_{name}"
+        if isinstance(form, Chunk):  # two chunks that train, where the subset has them
+            warm = form.tokens + self.context + 1
             self.beside(op, lambda model, text: plain_chunk(
-                model, text, self.depth, self.context, self.options.stride, form), form)  # fmt: skip
+                model, text.tokens.long(), self.depth, self.context, self.options.stride, form),
+                max(part, 2 * form.tokens + self.context + 1), warm, form)  # fmt: skip
         elif isinstance(form, Document):
+            part = max(2, part // 4)  # a document at a time takes long
             self.beside(op, lambda model, text: plain_document(
-                model, text, self.depth, self.context, documents_of(self.text(text)), form), form)  # fmt: skip
-        found = self.score(tokens, form)
-        self.note(op, "triton", found.seconds, found.log)
-        sliding = self.score(tokens)
-        gain = (float(sliding.log.double().sum()) - float(found.log.double().sum())) / found.log.numel()
-        print(f"{op}: {gain:+.5f} nats a token less than sliding, BPB {found.bpb - sliding.bpb:+.5f}"
-              + ("" if self.options.tokenizer else " (bits a token)"), flush=True)  # fmt: skip
+                model, text.tokens.long(), self.depth, self.context, documents_of(text), form),
+                part, min(part, 8 * form.tokens + 1), form)  # fmt: skip
+
+    def project_form(self, name: str, form: Chunk | Document) -> None:
+        row = next((row for row in self.rows if row["op"] == f"ttt_{name}"), None)
+        if row is None:
+            raise RuntimeError(f"{name} was not measured, nothing to project")
         if isinstance(form, Chunk):
-            self._project_chunk(form)
-        elif isinstance(form, Document):
-            self._project_document(form)
+            self.project_chunk(row, form)
+        else:
+            self.project_document(row, form)
 
-    def _project_chunk(self, form: Chunk) -> None:
+    def project_chunk(self, row: dict[str, Any], form: Chunk) -> None:
+        if self.sliding is None:
+            raise RuntimeError("sliding was not measured")
         rows = max(1, form.rows // GPUS)
-        part = self.tokens[: 16 * 2 * self.context + 1]
+        part = self.first(16 * rows * self.context + 1)
         small = replace(form, rows=rows, tokens=rows * self.context)
+        chunks = len(range(small.tokens, part.targets, small.tokens))  # that train
         seconds = self.score(part, small).seconds - self.score(part).seconds
-        step = seconds / (form.epochs * ((part.numel() - 1) // small.tokens - 1))
-        reduce = 2 * (GPUS - 1) / GPUS * 4e-9 * sum(p.numel() for p in self.model.parameters()) / self.options.bus
-        sliding = self.seconds["sliding_score"] * FINEWEB / (self.tokens.numel() - 1) / GPUS
+        step = seconds / (form.epochs * chunks)
+        reduce = 2 * (GPUS - 1) / GPUS * 4e-9 * sum(p.numel() for p in self.model.parameters()) / BUS
+        sliding = self.sliding.seconds * FINEWEB / self.sliding.tokens / GPUS
         steps = FINEWEB // form.tokens * form.epochs * -(-form.tokens // self.context // form.rows)
-        print(f"FineWeb on {GPUS} GPUs, chunk: {sliding:.0f} s of sliding + {steps:,d} steps * ({1e3 * step:.1f} ms of "
-              f"{rows} rows + {1e3 * reduce:.1f} ms all-reduce at {self.options.bus:.0f} GB/s) = "
-              f"{sliding + steps * (step + reduce):.0f} s", flush=True)  # fmt: skip
+        self.project(
+            row, sliding + steps * (step + reduce), "sliding_s + steps * (step_s + all_reduce_s)",
+            sliding_s=sliding, steps=steps, step_s=step, all_reduce_s=reduce, rows_per_gpu=rows, assumed_bus_gb_s=BUS,
+        )  # fmt: skip
 
-    def _project_document(self, form: Document) -> None:
-        form, seconds = replace(form, documents=self.options.long), []
-        for contexts in (1, 2):
-            lines = self.tokens[: self.options.long * (contexts * self.context)].view(self.options.long, -1).clone()
-            lines = torch.where(lines == BOS, BOS + 1, lines)
+    def project_document(self, row: dict[str, Any], form: Document) -> None:
+        more, seconds = max(1, self.context // form.tokens // 4), []
+        for length in (self.context, self.context + more * form.tokens):
+            lines = torch.randint(BOS + 1, self.config.vocab_size, (form.documents, length), device=self.device)
             lines[:, 0] = BOS
-            seconds.append(self.score(lines.flatten(), form).seconds)
-        pieces = self.options.long * self.context // form.tokens
-        piece = (seconds[1] - seconds[0]) / pieces
-        total = FINEWEB / form.tokens * piece / GPUS
-        print(f"FineWeb on {GPUS} GPUs, document, at most: {FINEWEB:,d} / {form.tokens} pieces * {1e3 * piece:.3f} ms "
-              f"of a full window ({self.context / piece:,.0f} tokens/s forward and backward) / {GPUS} = {total:.0f} s",
-              flush=True)  # fmt: skip
+            seconds.append(self.score(unmeasured(lines.flatten()), form).seconds)
+        piece = (seconds[1] - seconds[0]) / (form.documents * more)
+        self.project(
+            row, FINEWEB / form.tokens * piece / GPUS, "fineweb / piece_tokens * full_piece_s / gpus, an upper bound",
+            piece_tokens=form.tokens, full_piece_s=piece,
+            as_measured_s=row["seconds"] * FINEWEB / row["tokens"] / GPUS,
+        )  # fmt: skip
+
+
+def unmeasured(tokens: Tensor) -> ValidationText:
+    """Text whose bytes nobody asks for."""
+    return ValidationText(tokens.int(), torch.ones(tokens.numel() - 1, dtype=torch.int16, device=tokens.device))
+
+
+def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is measured, in order of what is needed most: each is written down before the next."""
+    options = bench.options
+    yield "sliding", bench.sliding_whole
+    if options.subset:
+        yield "sliding beside straightforward windows", bench.sliding_beside
+    for name in options.ttt:
+        form = parse_form(name)
+        yield name, partial(bench.form, name, form)
+        if options.subset and not isinstance(form, Phased):
+            yield f"{name}, projected", partial(bench.project_form, name, form)
+            yield f"{name} beside the straightforward implementation", partial(bench.form_beside, name, form)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scoring", description="Time every form of scoring.")
     parser.add_argument("--tokens", type=Path, required=True, help="a token shard")
-    parser.add_argument("--count", type=int, help="tokens of it; default: all")
-    parser.add_argument("--subset", type=int, default=65_537, help="tokens for the straightforward implementations")
+    parser.add_argument("--limit-tokens", type=int, help="tokens of it; default: all")
+    parser.add_argument("--ttt", action="append", metavar="FORM", help="as quantize.py's, several times; "
+                        "default: chunk and document")  # fmt: skip
+    parser.add_argument("--ttt-tokens", type=int, default=524_289, help="of these, for test-time training")
+    parser.add_argument("--subset", type=int, default=65_537, help="tokens for the straightforward implementations; "
+                        "0: neither these nor projections")  # fmt: skip
     parser.add_argument("--artifact", type=Path, help="model.pga; default: random weights, of the preset one-gpu")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model, for BPB")
     parser.add_argument("--documents", action="store_true", help="mask documents, whatever the artifact says")
-    parser.add_argument("--forms", nargs="+", default=["chunk", "document"], help="as quantize.py's --ttt")
-    parser.add_argument("--form-count", type=int, help="tokens for these; default: --count")
-    parser.add_argument("--long", type=int, default=64, help="documents side by side for the projection")
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=524_288)
-    parser.add_argument("--bus", type=float, default=100.0, help="GB/s of an all-reduce, for the projection")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/scoring-<gpu>.json")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("bench.scoring: wants an NVIDIA GPU, found none", file=sys.stderr)
+    options.ttt = list(dict.fromkeys(options.ttt or ["chunk", "document"]))
+    command, failed = "python -m bench.scoring " + " ".join(arguments), False
+    try:
+        for name in options.ttt:
+            parse_form(name)  # before anything is measured
+        bench = Bench(options, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    except (ArtifactError, ConfigError, DataError, OSError) as error:
+        print(f"bench.scoring: {error}", file=sys.stderr)
         return 2
-    bench, command = Bench(options), "python -m bench.scoring " + " ".join(arguments)
-    for form in (None, *options.forms):
-        if form is None:
-            bench.sliding()
-        else:
-            bench.form(form)
-        path, _ = write_result("scoring", command, bench.measured, bench.rows, options.out)
-    print(path)
-    return 0
+    for what, part in parts(bench):
+        begin = time.perf_counter()
+        try:
+            part()
+        except Exception:  # what was measured before is kept, and what comes behind may be well
+            failed = True
+            print(f"bench.scoring: {what}: failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if bench.rows:
+            path, _ = write_result("scoring", command, bench.measured, bench.rows, options.out)
+            print(f"    {what}: {time.perf_counter() - begin:.1f} s in all; {path}", flush=True)
+    disagree = any(DISAGREEMENT in row["case"] and not row["met"] for row in bench.rows if row["op"] == "judged")
+    return int(failed or disagree)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,23 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench import common, optimizer
+from bench import common, optimizer, scoring
 from bench.common import draw_panels, peer, relative_errors, write_result
 from bench.kernels import Workload, errors, phases, right
 from gpt.optimizer import Optimizer, coefficients
+from gpt.score import ValidationText
 from kernels import compiled, reference
-from tests.tiny import ALONE, CPU, tiny_config, tiny_model
+from tests.tiny import ALONE, CPU, random_tokens, tiny_config, tiny_model
 
 
 def workload(**implementations: Any) -> Workload:
@@ -179,3 +182,80 @@ def test_fused_step_is_the_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
             trained.step(step, 1.0 - 0.2 * step)
         ends.append([*model.state_dict().values(), *trained.ema])
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-6)
+
+
+TTT = ("chunk,tokens=32,rows=2", "document,tokens=4,rank=2,documents=3,lr=0.01")
+
+
+def bench_scoring(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The exit code of bench.scoring with a tiny model on 200 tokens of 2 bytes each, and its result file."""
+    config = tiny_config(document_mask=False)
+    artifact = SimpleNamespace(config=config, depth=config.depth(True), state_dict=tiny_model(config).state_dict)
+    tokenizer = SimpleNamespace(byte_table=lambda: None)
+    monkeypatch.setattr(scoring, "load", lambda path: artifact)
+    monkeypatch.setattr(scoring, "Tokenizer", lambda path: tokenizer)
+
+    def text(tokens: Any, table: Any, device: torch.device) -> ValidationText:
+        moved = torch.from_numpy(tokens.astype(np.int32))
+        return ValidationText(moved, torch.full((moved.numel() - 1,), 2, dtype=torch.int16))
+
+    monkeypatch.setattr(scoring, "validation_text", text)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shard, out = folder / "val.bin", folder / "scoring.json"
+    shard.write_bytes(bytes(1024) + random_tokens(200, 64).numpy().astype("<u2").tobytes())
+    code = scoring.main([
+        "--tokens", str(shard), "--artifact", "model.pga", "--tokenizer", "bpe.model", "--stride", "4",
+        "--batch-tokens", "64", "--ttt-tokens", "129", "--subset", "80", "--out", str(out), *arguments,
+    ])  # fmt: skip
+    return code, json.loads(out.read_text())
+
+
+def test_scoring_says_gains_and_projections_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, record = bench_scoring(tmp_path, monkeypatch, "--ttt", TTT[0], "--ttt", TTT[1])
+    assert code == 0
+    assert record["bench"] == "scoring"
+    of = {(row["op"], row["case"], row["impl"]): row for row in record["rows"]}
+    sliding = of["sliding_score", "val-199", "reference"]
+    assert sliding["projection"]["seconds"] == pytest.approx(sliding["seconds"] * 40_540_160 / 199 / 8, rel=0.1)
+    for name, part in zip(TTT, (81, 19), strict=True):
+        whole = of[f"ttt_{name}", "val-128", "reference"]
+        gain = whole["sliding_nats_per_token"] - whole["nats_per_token"]
+        assert whole["gain_nats_per_token"] == pytest.approx(gain, abs=1e-6)
+        assert whole["gain_bpb"] == pytest.approx(gain / math.log(2) / 2, abs=1e-6)
+        assert whole["projection"]["tokens"] == 40_540_160
+        assert whole["settings"]["lr"] == (0.005 if part == 81 else 0.01)
+        rows = [row for key, row in of.items() if key[0] == f"ttt_{name}" and row["tokens"] < 128]
+        assert [row["impl"] for row in rows] == ["reference", "plain"]
+        assert rows[0]["nats_off"] < 1e-5
+        assert rows[0]["times_as_fast_as_plain"] == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"], rel=0.2)
+    judged = [row["case"] for row in record["rows"] if row["op"] == "judged"]
+    for what in (
+        "relative difference",
+        "times as fast as straightforward",
+        "BPB gained over",
+        "seconds for 40,540,160",
+    ):
+        assert sum(what in case for case in judged) == 2 + (what == "relative difference")
+
+
+def test_scoring_goes_on_past_a_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scoring, "plain_chunk", lambda *given: [0.0])  # and its nats are wrong
+    code, record = bench_scoring(tmp_path, monkeypatch, "--ttt", "chunk,tokens=8", "--ttt", TTT[0])
+    assert code == 1
+    assert "chunk,tokens=8: failed" in capsys.readouterr().err
+    rows = [row for row in record["rows"] if row["op"] == f"ttt_{TTT[0]}"]
+    assert [row["tokens"] for row in rows if row["ms"]] == [128]
+    assert not any("times as fast" in row["case"] for row in record["rows"] if row["op"] == "judged")
+
+
+def test_scoring_compares_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = [f"{TTT[0]},lr={rate}" for rate in (0.001, 0.1)]
+    code, record = bench_scoring(
+        tmp_path, monkeypatch, "--subset", "0", *(x for rate in rates for x in ("--ttt", rate))
+    )
+    assert code == 0
+    assert [row["op"] for row in record["rows"]] == ["plain_score", "sliding_score", *(f"ttt_{rate}" for rate in rates)]
+    assert all("gain_nats_per_token" in row for row in record["rows"][2:])
+    assert scoring.main(["--tokens", "none.bin", "--ttt", "chunk,speed=2"]) == 2
