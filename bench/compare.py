@@ -4,7 +4,8 @@
     python -m bench.compare A... -- B... --score chunk
 
 The field asks a new record to be better by at least 0.005 nats per token with p < 0.01. Nats per token and bits per
-byte differ by the bytes of a token: at 3.73 bytes, 0.005 nats are 0.0019 BPB.
+byte differ by the bytes of a token: at 3.73 bytes, 0.005 nats are 0.0019 BPB. Records whose seal is not theirs are
+refused, and so are scores of different texts, forms, contexts or strides.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gpt.ledger import seal
 
 THRESHOLD, LEVEL = 0.005, 0.01  # nats per token; p
 
@@ -86,14 +89,25 @@ class Result:
     bpb: float
     tokens: int
     bytes: int
+    form: str
+    context: int
+    stride: int
+    settings: dict[str, float]  # of test-time training
     leaking: bool
     artifact: str
 
 
 def read_result(path: Path, name: str) -> Result:
-    """A score from a run's folder or a record. Raises ValueError where there is none of that name."""
+    """A score from a run's folder or a record.
+
+    Raises ValueError where there is none of that name, or where the record's seal is missing or not its own.
+    """
     file = path / "summary.json" if path.is_dir() else path
     record: dict[str, Any] = json.loads(file.read_text())
+    if "seal" not in record:
+        raise ValueError(f"{file}: has no seal; wanted a record as train.py or quantize.py score --json writes it")
+    if seal(record) != record:
+        raise ValueError(f"{file}: the seal is not that of the record: it was changed")
     scores = record.get("scores", {})
     if name not in scores:
         raise ValueError(f"{file}: no score {name!r}; it has {', '.join(scores) or 'none'}")
@@ -106,17 +120,35 @@ def read_result(path: Path, name: str) -> Result:
         found["nats"] / math.log(2) / found["bytes"],
         found["tokens"],
         found["bytes"],
-        bool(record.get("leaking")),
+        found["form"],
+        found["context"],
+        found["stride"],
+        found["settings"],
+        bool(record.get("leaking") or found.get("leaking")),
         artifact,
     )
 
 
 def compare(a: Sequence[Result], b: Sequence[Result]) -> str:
-    """The table. Raises ValueError where the scores are not of the same text, or two are of one artifact."""
+    """The table.
+
+    Raises ValueError where the scores are not of one text, form, context and stride, or those of one set not with the
+    same settings or two of one artifact.
+    """
     texts = {(result.tokens, result.bytes) for result in (*a, *b)}
     if len(texts) > 1:
         raise ValueError(f"scores of different texts: {', '.join(f'{t:,} tokens of {n:,} bytes' for t, n in texts)}")
-    for results in (a, b):
+    for what in ("form", "context", "stride"):
+        runs_of: dict[Any, list[str]] = {}
+        for result in (*a, *b):
+            runs_of.setdefault(getattr(result, what), []).append(str(result.path))
+        if len(runs_of) > 1:
+            found = "; ".join(f"{value} of {', '.join(paths)}" for value, paths in runs_of.items())
+            raise ValueError(f"scores of different {what}, wanted one: {found}")
+    for name, results in (("A", a), ("B", b)):
+        if any(result.settings != results[0].settings for result in results):
+            each = "; ".join(f"{result.path}: {result.settings}" for result in results)
+            raise ValueError(f"scores in {name} with different settings of {results[0].form}: {each}")
         if len({result.artifact for result in results}) < len(results):
             raise ValueError("two of the runs have one artifact: they are one result")
     lines = [f"{'':4s}{'seed':>8s}{'nats/token':>13s}{'BPB':>11s}  run"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.compare import incomplete_beta, main, t_cdf, welch
+from gpt.ledger import seal
 
 
 @pytest.mark.parametrize(
@@ -63,18 +65,19 @@ def test_welch() -> None:
         welch([1.0], [2.0, 3.0])
 
 
-def runs(folder: Path, name: str, nats: list[float], **changes: Any) -> list[str]:
+def runs(folder: Path, name: str, nats: list[float], how: dict[str, Any] | None = None, **changes: Any) -> list[str]:
     paths = []
     for seed, value in enumerate(nats):
         path = folder / f"{name}{seed}"
         path.mkdir(parents=True)
-        score = {"nats": value * 1000, "tokens": 1000, "bytes": 3700}
+        score = {"nats": value * 1000, "tokens": 1000, "bytes": 3700, "form": "sliding", "context": 2048, "stride": 64}
+        score |= {"settings": {}} | (how or {})
         record = {
             "seed": seed,
             "artifact": {"sha256": f"{name}{seed}"},
             "scores": {"artifact_sliding": score},
         } | changes
-        (path / "summary.json").write_text(json.dumps(record))
+        (path / "summary.json").write_text(json.dumps(seal(record)))
         paths.append(str(path))
     return paths
 
@@ -100,3 +103,44 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"form": "chunk"}, "scores of different form, wanted one: sliding of .*a0, .*a1; chunk of .*b0, .*b1"),
+        ({"context": 4096}, "scores of different context, wanted one: 2048 of .*; 4096 of"),
+        ({"stride": 128}, "scores of different stride, wanted one: 64 of .*; 128 of"),
+    ],
+)
+def test_scores_of_another_kind_are_refused(
+    how: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, other = runs(tmp_path, "a", [2.78, 2.79]), runs(tmp_path, "b", [2.78, 2.79], how)
+    assert main([*good, "--", *other]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_settings_may_differ_between_the_sets_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (
+        runs(tmp_path, name, [2.78, 2.79], {"form": "chunk", "settings": {"lr": lr}})
+        for name, lr in (("a", 0.01), ("b", 0.02))
+    )
+    assert main([*a, "--", *b]) == 0
+    assert main([a[0], b[1], "--", b[0]]) == 2
+    assert "scores in A with different settings of chunk" in capsys.readouterr().err
+
+
+def test_a_record_that_was_changed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = runs(tmp_path, "a", [2.78, 2.79]), runs(tmp_path, "b", [2.78, 2.79], leaking=True)
+    file = Path(bad[1]) / "summary.json"
+    text = file.read_text()
+    for record, message in (
+        (json.loads(text) | {"leaking": False}, "the seal is not that of the record: it was changed"),
+        ({name: value for name, value in json.loads(text).items() if name != "seal"}, "has no seal"),
+    ):
+        file.write_text(json.dumps(record))
+        assert main([*good, "--", *bad]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert str(file) in error
