@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,8 +68,8 @@ def open_tokenizer(path: Path | None, artifact: Artifact) -> Tokenizer:
 
 
 def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: its folder does not exist")
+    if arguments.json:
+        _writable(arguments.json)
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
     config, ops = artifact.config, select(arguments.kernels, ranks.device)
@@ -100,8 +101,11 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
     if not ranks.main:
         return
     code = count_code(ROOT)
-    print(report(artifact, code, scores, ops.describe()))
-    if arguments.json:
+    shown = report(artifact, code, scores, ops.describe())
+    if not arguments.json:
+        print(shown)
+        return
+    try:
         record = {
             "artifact_sha256": artifact.sha256,
             "artifact_bytes": artifact.nbytes,
@@ -117,6 +121,24 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
             ),
         }
         write_atomic(arguments.json, json.dumps(seal(record), indent=2).encode() + b"\n")
+    except OSError as error:
+        print(shown)  # hours of work, perhaps
+        raise RecordError(f"--json {arguments.json} was NOT written: {error}") from None
+    print(f"{shown}\nrecord    {arguments.json}")
+
+
+def _writable(path: Path) -> None:
+    """Raises ConfigError where no file could be written at a path, before hours are spent on what it is to hold."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--json {path}: its folder does not exist")
+    if path.is_dir():
+        raise ConfigError(f"--json {path}: is a folder, wanted a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--json {path}: its folder cannot be written to: {error}") from None
 
 
 def audit_scores(arguments: Namespace, ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: py
         (("audit", tmp_path / "none.json"), "no record of scores"),
         (("report", tmp_path), "is not a run's folder"),
         (("score", path, "--json", tmp_path / "none/score.json"), "folder does not exist"),
+        (("score", path, "--json", tmp_path), "is a folder, wanted a file"),
     ):
         assert run(*arguments) == 2
         errors = capsys.readouterr().err.strip()
@@ -158,6 +160,29 @@ def test_errors_are_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: py
         assert "\n" not in errors
     with pytest.raises(SystemExit, match="2"):
         run("sample", path, "--top-p", "1.5")
+
+
+def test_a_record_that_cannot_be_written_is_not_taken_for_saved(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = made
+    options = ("score", path, "--data-path", data, "--plain", "--json", tmp_path / "score.json")
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", full)
+        patch.setattr(quantize, "load", None)  # nothing is read before
+        assert run(*options) == 2
+        assert "cannot be written to: No space left" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "write_atomic", full)
+        assert run(*options) == 2
+        printed = capsys.readouterr()
+        assert "score.json was NOT written: No space left" in printed.err
+        assert "BPB" in printed.out  # the work is not lost
+        assert "record " not in printed.out
 
 
 def uncached(model: GPT, depth: tuple[int, ...], row: list[int]) -> Tensor:
