@@ -156,7 +156,7 @@ class Config(BaseModel):
     allow_leak: bool = False
     """Let a result be worthless: see pre_quant."""
     pre_quant_rows: int = Field(512, ge=1)
-    """Rows of train_seq_len tokens that are held out. Their time is on the clock: raise gptq_reserve_seconds by it."""
+    """Rows of train_seq_len tokens that are held out. Fine-tuning is on the clock: training ends earlier by it."""
     pre_quant_epochs: int = Field(22, ge=1)
     pre_quant_lr: float = Field(2.5e-4, gt=0)
     pre_quant_soup: int = Field(1, ge=1)

@@ -102,7 +102,7 @@ class Seed:
     val_loss: float  # nats a token
     scores: dict[str, dict[str, Any]]
     steps: int
-    train_seconds: float
+    train_seconds: float  # fine-tuning before quantising included
     calibration_seconds: float
     eval_seconds: float
     step_ms: float
@@ -271,7 +271,7 @@ def _seed(run: SeedRun, headline: str, code_bytes: int) -> Seed:
         val_loss=scores[headline]["nats_per_token"],
         scores=scores,
         steps=summary["steps"],
-        train_seconds=summary["seconds"],
+        train_seconds=round(summary["seconds"] + summary["pre_quant_seconds"], 3),
         calibration_seconds=summary["calibration_seconds"],
         eval_seconds=round(sum(s["seconds"] for name, s in scores.items() if name.startswith("artifact")), 3),
         step_ms=summary["ms_per_step"] or 0.0,

@@ -24,6 +24,7 @@ from gpt.optimizer import Optimizer
 from gpt.progress import Progress
 from gpt.record import RecordError, Run
 from gpt.score import Score
+from gpt.ttt import pre_quant_estimate
 
 CHECKPOINT_FORMAT = 2  # of what _save stores
 
@@ -66,8 +67,19 @@ class Trainer:
         """Run each depth on random tokens, so that everything is compiled and allocated, and restore the state.
 
         Returns the seconds it took, which are not on the clock. Each depth's last step is taken apart: parts.json.
+        Where there is a time limit, training ends as much earlier as fine-tuning after it is going to take. Raises
+        TrainingError where that leaves nothing.
         """
         config, begin = self.config, time.perf_counter()
+        if self.cap and config.pre_quant != "none":
+            fine_tuning = pre_quant_estimate(self.model, self.depths[-1], self.ranks, config)
+            if fine_tuning >= self.cap:
+                raise TrainingError(
+                    f"fine-tuning, pre_quant={config.pre_quant}, would take {fine_tuning:.1f} s of the {self.cap:g} s "
+                    "that calibration leaves: wanted fewer pre_quant_rows or pre_quant_epochs, or more "
+                    "max_wallclock_seconds"
+                )
+            self.cap -= fine_tuning
         if config.warmup_steps == 0:
             return 0.0
         weights = [p.detach().clone() for p in self.model.parameters()]

@@ -373,6 +373,8 @@ def _documents(
 
 # Before quantising.
 
+FINE_TUNE_ROWS = 32  # of a step on each rank
+
 
 def freeze_first(model: GPT) -> None:
     """Drop the gradient of the first physical layer: its vectors and its matrices, which are slices of the banks."""
@@ -388,17 +390,46 @@ def pre_quant(model: GPT, depth: Sequence[int], ranks: Ranks, config: Config) ->
     if config.pre_quant == "none":
         return 0.0
     begin = time.perf_counter()
-    if config.pre_quant == "train":
-        rows = held_out_rows(config, ranks.device)
-    else:
-        tokens = torch.from_numpy(load_validation(config.data_path, config.vocab_size).astype(np.int32))
-        rows = rows_of(tokens.to(ranks.device), config.train_seq_len)
-    fine_tune(model, rows, depth, ranks, config)
+    fine_tune(model, _pre_quant_rows(config, ranks.device), depth, ranks, config)
     return time.perf_counter() - begin
 
 
+def pre_quant_estimate(model: GPT, depth: Sequence[int], ranks: Ranks, config: Config) -> float:
+    """Seconds that `pre_quant` will take on the slowest rank, 0 for none; leaves the model as it is.
+
+    Reading its rows is measured, and steps on random rows, the first of which compile. A tenth is added: whoever ends
+    training by this has to end in time.
+    """
+    if config.pre_quant == "none":
+        return 0.0
+    begin = time.perf_counter()
+    count = _pre_quant_rows(config, ranks.device).size(0)
+    reading = time.perf_counter() - begin
+    generator = torch.Generator(ranks.device).manual_seed(config.seed)
+    shape = (2 * FINE_TUNE_ROWS * ranks.world_size, config.train_seq_len + 1)
+    rows = torch.randint(config.vocab_size, shape, generator=generator, device=ranks.device, dtype=torch.int32)
+    once = config.model_copy(update={"pre_quant_epochs": 1, "pre_quant_soup": 1})
+    saved = [weight.detach().clone() for weight in model.parameters()]
+    for _ in range(2):
+        begin = time.perf_counter()
+        fine_tune(model, rows, depth, ranks, once)  # two steps; waits for the device, since it returns losses
+        step = (time.perf_counter() - begin) / 2
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), saved)
+    kept = math.ceil(0.8 * count) if config.pre_quant_soup > 1 else count
+    steps = config.pre_quant_soup * config.pre_quant_epochs * -(-kept // (FINE_TUNE_ROWS * ranks.world_size))
+    return max(ranks.gather(1.1 * (reading + steps * step)))
+
+
+def _pre_quant_rows(config: Config, device: torch.device) -> Tensor:  # (N, T + 1) int32
+    if config.pre_quant == "train":
+        return held_out_rows(config, device)
+    tokens = torch.from_numpy(load_validation(config.data_path, config.vocab_size).astype(np.int32))
+    return rows_of(tokens.to(device), config.train_seq_len)
+
+
 def fine_tune(
-    model: GPT, rows: Tensor, depth: Sequence[int], ranks: Ranks, config: Config, *, batch: int = 32
+    model: GPT, rows: Tensor, depth: Sequence[int], ranks: Ranks, config: Config, *, batch: int = FINE_TUNE_ROWS
 ) -> tuple[float, float]:
     """AdamW on rows (N, T + 1) of tokens; returns the first and the last step's loss.
 

@@ -202,6 +202,23 @@ def test_a_run_is_audited_and_shown(whole: tuple[Path, str], data: Path) -> None
     assert not re.search(r"(src|href)=|https?://|<script", page)
 
 
+def test_fine_tuning_is_within_the_time(data: Path, tmp_path: Path) -> None:
+    """Longer than what is reserved for calibration, so that training has to end earlier by it."""
+    clock = {"MAX_WALLCLOCK_SECONDS": "9", "GPTQ_RESERVE_SECONDS": "2", "ITERATIONS": "100000", "VAL_LOSS_EVERY": "0"}
+    fine_tuning = {"PRE_QUANT": "train", "PRE_QUANT_ROWS": "32", "PRE_QUANT_EPOCHS": "12", "CHECKPOINT_EVERY": "0"}
+    done = train(small(data, tmp_path, "tuned", **clock, **fine_tuning, TRAIN_LOG_EVERY="50"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "tuned/summary.json").read_text())
+    trained, tuned, calibrated = (summary[f"{name}seconds"] for name in ("", "pre_quant_", "calibration_"))
+    assert summary["steps"] > 1
+    assert trained < 9 - 2 - tuned / 2  # what is measured beforehand may be off
+    assert trained + tuned + calibrated < 9
+    assert "within the cap of 9 s" in done.stdout
+    done = train(small(data, tmp_path, "long", **clock, **fine_tuning | {"PRE_QUANT_EPOCHS": "100000"}))
+    assert done.returncode == 2
+    assert re.search(r"TrainingError: fine-tuning, pre_quant=train, would take \d+\.\d s of the 7 s", done.stderr)
+
+
 def test_a_leaking_run_says_so_everywhere(data: Path, tmp_path: Path) -> None:
     leak = {"PRE_QUANT": "validation", "ALLOW_LEAK": "1", "PRE_QUANT_EPOCHS": "1"}
     done = train(small(data, tmp_path, "leak", **leak))
