@@ -36,7 +36,7 @@ from gpt.model import BANKS, GPT
 from gpt.pack import pack
 from gpt.page import write_page
 from gpt.preflight import preflight
-from gpt.record import RecordError, Run, read_config, write_atomic
+from gpt.record import RecordError, Run, environment, read_config, write_atomic
 from gpt.report import LEAKING
 from gpt.score import Score, record_scores, score, validation_text
 from gpt.tokenizer import Tokenizer
@@ -116,6 +116,7 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
             "depth": artifact.depth,
             "kernels": ops.names,
             "world_size": ranks.world_size,
+            "environment": environment(ranks),
             "scores": record_scores(
                 arguments.json, scores, text, dict.fromkeys(scores, artifact.sha256), config.leaking
             ),
@@ -258,6 +259,7 @@ def write_submission(arguments: Namespace, ranks: Ranks) -> None:
         name=arguments.name,
         blurb=arguments.blurb,
         declared=arguments.declare,
+        scores=arguments.scores,
     )
     write(arguments.out, arguments.runs, facts, arguments.artifacts)
     print(f"{arguments.out}: val_bpb {facts.val_bpb:.5f}, {facts.total_bytes:,} bytes with code")
@@ -375,6 +377,15 @@ def parse(arguments: list[str]) -> Namespace:
     command.set_defaults(run=write_submission, device="cpu")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write; must not exist")
+    command.add_argument(
+        "--scores",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="hand in test-time training: what score --ttt --json wrote, one file for each run",
+    )
     command.add_argument("--author", required=True)
     command.add_argument("--github-id", required=True)
     command.add_argument("--name", default="", help="of the entry; default: made from the configuration")

@@ -3,6 +3,7 @@
 train_gpt.py          the program in one file (gpt.bundle)     submission.json      what leaderboards read
 README.md             results, how to run                      requirements.txt     versions of the runs
 train_seed42.log ...  one a seed, from the run's records       model_seed42.pga ... artifacts, where asked for
+scores_seed42/ ...    with the artifacts: record and ledgers of scores with test-time training, for quantize.py audit
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import ARTIFACT_LIMIT, MACHINE, Config, build_config
-from gpt.submission import Facts, Seed, SeedRun, SubmissionError
+from gpt.submission import TTT, Facts, Seed, SeedRun, SubmissionError, spelled
 
 LABELS = {
     "ema": "pre-quantization post-ema",
     "artifact": "quantized",
     "artifact_sliding": "quantized_sliding_window",
-    "artifact_ttt": "quantized_ttt",
 }
 
 
 def label(score: str) -> str:
     """A score's name in the field's logs."""
-    return LABELS.get(score, score)
+    return f"quantized_ttt_{score.removeprefix(TTT)}" if score.startswith(TTT) else LABELS.get(score, score)
 
 
 def settings(config: Config) -> dict[str, str]:
@@ -62,7 +62,11 @@ def submission_json(facts: Facts) -> dict[str, Any]:
         "val_bpb": facts.val_bpb,
         "val_bpb_std": round(facts.std(lambda s: s.val_bpb), 8),
         "pre_quant_val_bpb": round(facts.mean(lambda s: s.scores["ema"]["bpb"]), 8),
-        "score": {"name": label(facts.headline), **{k: score[k] for k in ("context", "stride")}},
+        "score": {
+            "name": label(facts.headline),
+            **{k: score[k] for k in ("context", "stride")},
+            **({"ttt": facts.ttt} if facts.ttt else {}),
+        },
         "val_tokens": score["tokens"],
         "val_bytes": score["bytes"],
         "bytes_total": facts.total_bytes,
@@ -135,6 +139,7 @@ def seed_log(facts: Facts, seed: Seed, run: SeedRun) -> str:
     lines += [
         f"{label(name)} val_loss:{s['nats_per_token']:.8f} val_bpb:{s['bpb']:.8f} tokens:{s['tokens']} "
         f"bytes:{s['bytes']} context:{s['context']} stride:{s['stride']} eval_time:{1e3 * s['seconds']:.0f}ms"
+        + (f" ttt:{spelled(s)}" if name.startswith(TTT) else "")
         for name, s in seed.scores.items()
     ]
     return "\n".join(lines) + "\n"
@@ -149,6 +154,14 @@ def readme(facts: Facts, artifacts: bool) -> str:
     of = f"mean of {count} seeds, std {facts.std(lambda s: s.val_bpb):.5f}" if count > 1 else "one seed"
     stamps = "".join(f"> **{stamp}**\n\n" for stamp in facts.stamps)
     files = "\n".join(f"    {s.sha256}  {model_name(s.seed)}" for s in facts.seeds)
+    adapted, scoring = "", ""
+    if facts.ttt:
+        adapted = f"""
+Test-time training: {facts.ttt}.
+Each token is scored before anything is trained on it: the ledgers of these scores passed `quantize.py audit`.
+"""
+        stride = "" if score["form"] == "document" else f" --stride {score['stride']}"  # its pieces have a setting
+        scoring = f" \\\n        --context {score['context']}{stride} --ttt {facts.ttt}"
     kept = "are in this folder" if artifacts else "are not in this folder; running the program makes them"
     return f"""# {"Record" if facts.record else "Non-record"}: {facts.name}, val_bpb {facts.val_bpb:.5f}
 
@@ -164,12 +177,12 @@ The score handed in is bold: {label(facts.headline)}, context {score["context"]}
 {score["tokens"]:,} tokens of {score["bytes"]:,} bytes, each token after the first once. train_gpt.py takes
 {len(facts.code):,} of the {ARTIFACT_LIMIT:,} bytes allowed. Training and calibration are on one clock. "artifact" and
 what follows it are scores of the weights read back from the artifact.
-
+{adapted}
 ## Run
 
     pip install -r requirements.txt
     {chosen} SEED={facts.seeds[0].seed} {launcher} train_gpt.py --data-path DATA --tokenizer-path TOKENIZER
-    python train_gpt.py quantize score runs/NAME/model.pga --data-path DATA --tokenizer-path TOKENIZER
+    {launcher} train_gpt.py quantize score runs/NAME/model.pga --data-path DATA --tokenizer-path TOKENIZER{scoring}
     python train_gpt.py source
 
 DATA is the folder of the shards, TOKENIZER their SentencePiece model. The last command prints where the source
@@ -192,7 +205,8 @@ This file, submission.json and the logs were written together from the records o
 def results(facts: Facts) -> str:
     """The table of all seeds."""
     names = list(facts.seeds[0].scores)
-    titles = {"ema": "EMA", "artifact": "artifact", "artifact_sliding": "sliding", "artifact_ttt": "test-time trained"}
+    titles = {"ema": "EMA", "artifact_sliding": "sliding"}
+    titles |= {name: f"TTT ({name.removeprefix(TTT)})" for name in names if name.startswith(TTT)}
     head = ["seed", *(f"BPB, {titles.get(name, name)}" for name in names), "nats a token", "steps", "ms a step"]
     lines = [[*head, "training + calibration, s", "model bytes", "with code"]]
     lines.append(["---:"] * len(lines[0]))
@@ -220,6 +234,15 @@ def model_name(seed: int) -> str:
     return f"model_seed{seed}.pga"
 
 
+def copy_record(record: Path, folder: Path) -> None:
+    """A record of scores and the ledgers beside it, in a new folder."""
+    folder.mkdir()
+    shutil.copyfile(record, folder / "score.json")
+    for score in json.loads(record.read_bytes())["scores"].values():
+        name = Path(score["ledger"]["file"]).name
+        shutil.copyfile(record.parent / name, folder / name)
+
+
 def requirements(environment: Mapping[str, Any]) -> str:
     """The runs' versions; local ones, as torch's +cu130, are known to no index."""
     pinned = {name: version for name, version in environment["packages"].items() if version}
@@ -245,4 +268,6 @@ def write(folder: Path, paths: Sequence[Path], facts: Facts, artifacts: bool) ->
             (partial / f"train_seed{seed.seed}.log").write_text(seed_log(facts, seed, run))
             if artifacts:
                 shutil.copyfile(run.path / "model.pga", partial / model_name(seed.seed))
+            if artifacts and seed.adapted:
+                copy_record(seed.adapted, partial / f"scores_seed{seed.seed}")
         partial.rename(folder)

@@ -380,6 +380,9 @@ def _figures(found: Review, folder: Folder) -> None:
         if cells and cells[0] in folder.results:
             rows.setdefault(cells[0], " ".join(cells[1:]))
     values = []
+    score = folder.about.get("score")
+    score = score if isinstance(score, dict) else {}
+    handed_in = score.get("name")
     for seed, result in folder.results.items():
         bpb = number(result, "val_bpb")
         if bpb is None:
@@ -388,8 +391,16 @@ def _figures(found: Review, folder: Folder) -> None:
         values.append(bpb)
         if seed in folder.logs:
             log = folder.logs[seed]
-            right = any(agree(bpb, figure) for figure in log.bpbs)
-            found.row(f"val_bpb of {seed}, JSON", right, bpb, f"one in {log.name}, which ends with {log.bpbs[-1]}")
+            if isinstance(handed_in, str):
+                logged = log.scores.get(handed_in)
+                right = logged is not None and agree(bpb, logged)
+                found.row(f"val_bpb of {seed}, JSON", right, bpb, f"{logged}, {handed_in} in {log.name}")
+                trained = log.last(rf"^{re.escape(handed_in)} .* ttt:(\S+)$")
+                if trained or score.get("ttt"):
+                    found.row(f"test-time training of {seed}", trained == score.get("ttt"), trained, score.get("ttt"))
+            else:
+                right = any(agree(bpb, figure) for figure in log.bpbs)
+                found.row(f"val_bpb of {seed}, JSON", right, bpb, f"one in {log.name}, which ends with {log.bpbs[-1]}")
         if seed in rows:
             figures = re.findall(r"(?<![\d.])\d\.\d{4,}", rows[seed])
             same = any(agree(bpb, figure) for figure in figures) if figures else None

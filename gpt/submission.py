@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpt import artifact, bundle
-from gpt.config import ARTIFACT_LIMIT, MACHINE, ROOT, Config
+from gpt.config import ARTIFACT_LIMIT, MACHINE, ROOT, Config, ConfigError
+from gpt.ledger import FIXED, Ledger, LedgerError, audit_record, fingerprint
+from gpt.ledger import read as read_ledger
 from gpt.record import RecordError, read_config
+from gpt.ttt import parse_form
+from kernels import select
 
 SECONDS_LIMIT = 600  # of training with calibration, and again of scoring
 FEWEST_SEEDS = 3
@@ -34,6 +41,7 @@ VAL_TOKENS = {
 }
 VAL_BYTES = 151_080_891
 TAIL_TOKENS, TAIL_BYTES = 2048, 20_000
+TTT = "artifact_ttt_"  # and a form: a score with test-time training, among a run's
 
 # What a submission may own up to, and the words that then stand wherever its score does.
 DECLARATIONS = {
@@ -67,6 +75,8 @@ class SeedRun:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     model: bytes
+    adapted: Path | None = None  # record of the scores with test-time training that summary["scores"] then holds
+    adapted_on: dict[str, Any] = field(default_factory=dict)  # their environment
 
     @property
     def seed(self) -> int:
@@ -109,6 +119,7 @@ class Seed:
     model_bytes: int
     total_bytes: int
     sha256: str
+    adapted: Path | None  # record of the scores with test-time training
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,11 @@ class Facts:
         return self.seeds[0].scores[self.headline]
 
     @property
+    def ttt(self) -> str:
+        """Form and settings of the test-time training in the score handed in; empty where there is none."""
+        return spelled(self.score) if self.headline.startswith(TTT) else ""
+
+    @property
     def hardware(self) -> str:
         return f"{self.environment['world_size']}x {self.environment['device'].removeprefix('NVIDIA ')}"
 
@@ -167,7 +183,7 @@ class Facts:
             "three_seeds": len(self.seeds) >= FEWEST_SEEDS,
             "canonical_validation": "non-canonical" not in self.declared,
         }
-        return found | ({"score_first_ttt": not leaking} if "ttt" in self.headline else {})
+        return found | ({"score_first_ttt": not leaking} if self.ttt else {})
 
     @property
     def record(self) -> bool:
@@ -207,15 +223,21 @@ def gather(
     name: str = "",
     blurb: str = "",
     declared: Sequence[str] = (),
+    scores: Sequence[Path] = (),
     root: Path = ROOT,
 ) -> Facts:
     """The facts of a submission of these runs with the program under `root`.
 
-    Raises SubmissionError, naming every reason, where they cannot be handed in together.
+    scores: records of scores with test-time training, one of each run's artifact.
+
+    Raises SubmissionError, naming every reason, where they cannot be handed in together; before that where one of
+    scores cannot be used.
     """
     if unknown := sorted(set(declared) - DECLARATIONS.keys()):
         raise SubmissionError(f"--declare {', '.join(unknown)}: wanted one of {', '.join(DECLARATIONS)}")
     runs = sorted((SeedRun.read(path) for path in paths), key=lambda run: run.seed)
+    if scores:
+        runs = with_scores(runs, scores)
     code, code_sha256 = bundle.build(root), bundle.code_sha256(root)
     refused, undeclared = _refusals(runs, len(code)), _declarable(runs, code_sha256)
     if not refused and "other-code" not in undeclared:
@@ -232,13 +254,15 @@ def gather(
     if refused:
         raise SubmissionError("\n  ".join(["cannot be handed in:", *refused]) if len(refused) > 1 else refused[0])
 
-    headline = _headline(runs[0])
+    headline = _headline(runs)
+    method = "GPTQ int6"
+    method += f", score-first TTT ({headline.removeprefix(TTT)})" if headline.startswith(TTT) else ""
     config = runs[0].config
     layers, virtual = config.num_layers, len(runs[0].summary["depth"])
     recurrence = f", depth recurrence {','.join(map(str, config.recur_layers))}" if virtual > layers else ""
     return Facts(
         name=name
-        or f"SP{config.vocab_size} {layers}L/{virtual}V {config.model_dim}d{recurrence}, Muon banks, GPTQ int6",
+        or f"SP{config.vocab_size} {layers}L/{virtual}V {config.model_dim}d{recurrence}, Muon banks, {method}",
         author=author,
         github_id=github_id,
         date=max(run.environment["started"] for run in runs)[:10],
@@ -253,9 +277,16 @@ def gather(
     )
 
 
-def _headline(run: SeedRun) -> str:
-    """The artifact's last score: each comes from a costlier way of scoring than the one before."""
-    return [name for name in run.summary["scores"] if name.startswith("artifact")][-1]
+def _headline(runs: Sequence[SeedRun]) -> str:
+    """Of scores with test-time training that of the lowest mean BPB; without any, the artifact's last score.
+
+    That one comes from a costlier way of scoring than those before it.
+    """
+    scores = [run.summary["scores"] for run in runs]
+    adapted = [name for name in scores[0] if name.startswith(TTT)]
+    if adapted:
+        return min(adapted, key=lambda name: statistics.fmean(each[name]["bpb"] for each in scores))
+    return [name for name in scores[0] if name.startswith("artifact")][-1]
 
 
 def _seed(run: SeedRun, headline: str, code_bytes: int) -> Seed:
@@ -278,7 +309,112 @@ def _seed(run: SeedRun, headline: str, code_bytes: int) -> Seed:
         model_bytes=len(run.model),
         total_bytes=len(run.model) + code_bytes,
         sha256=summary["artifact"]["sha256"],
+        adapted=run.adapted,
     )
+
+
+# Scores with test-time training.
+
+
+def spelled(score: Mapping[str, Any]) -> str:
+    """A score's form and settings, as `quantize.py score --ttt` takes them."""
+    return ",".join([score["form"], *(f"{name}={value}" for name, value in score["settings"].items())])
+
+
+def with_scores(runs: Sequence[SeedRun], files: Sequence[Path]) -> list[SeedRun]:
+    """The runs, each with the scores with test-time training that the record of its artifact holds.
+
+    Raises SubmissionError, naming the file, where a record does not pass the audit or is of none of the runs, where a
+    run has none or several, and where they were made in different ways, on another text or on another machine.
+    """
+    of: dict[Path, Any] = {}
+    for file in files:
+        try:
+            of[file] = json.loads(file.read_bytes())["artifact_sha256"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise SubmissionError(
+                f"--scores {file}: not what quantize.py score --json writes: {type(error).__name__}: {error}"
+            ) from None
+    digests = [hashlib.sha256(run.model).hexdigest() for run in runs]
+    owned = [[file for file, told in of.items() if told == digest] for digest in digests]
+    wrong = [f"{file} is of artifact {told}, which is no run's" for file, told in of.items() if told not in digests]
+    wrong += [
+        f"{' and '.join(map(str, own)) or 'none'} of {run.path}, artifact {digest}"
+        for run, digest, own in zip(runs, digests, owned, strict=True)
+        if len(own) != 1
+    ]
+    if wrong:
+        raise SubmissionError(f"--scores: wanted one for each run: {'; '.join(wrong)}")
+    found = [_with_score(run, file, digest) for run, (file,), digest in zip(runs, owned, digests, strict=True)]
+    first, *others = found
+    for run in others:
+        if (one := _ways(first)) != (other := _ways(run)):
+            raise SubmissionError(
+                f"--scores {first.adapted} and {run.adapted} were made differently: "
+                f"{'; '.join(one)} and {'; '.join(other)}"
+            )
+    return found
+
+
+def _ways(run: SeedRun) -> list[str]:
+    """How its scores with test-time training were made."""
+    scores = {name: score for name, score in run.summary["scores"].items() if name.startswith(TTT)}
+    return [f"{spelled(s)}, context {s['context']}, stride {s['stride']}" for _, s in sorted(scores.items())]
+
+
+def _with_score(run: SeedRun, file: Path, digest: str) -> SeedRun:
+    """The run with the audited scores of a record of its artifact."""
+
+    def want(condition: Any, message: str) -> None:
+        if not condition:
+            raise SubmissionError(f"--scores {file}: {message}")
+
+    cpu = torch.device("cpu")
+    model = artifact.parse(run.model)
+    base = Ledger(fingerprint(model.model(select("reference", cpu), cpu, torch.float32).parameters())).base
+    try:
+        audit_record(file, artifact=digest, base=base, leaking=model.config.leaking)
+    except LedgerError as error:
+        raise SubmissionError(f"--scores {error}") from None
+    text = _scored_text(run.path, run.summary["scores"]["artifact"])
+    record = json.loads(file.read_bytes())
+    scores: dict[str, dict[str, Any]] = {}
+    for name, score in record["scores"].items():
+        if score["form"] in FIXED:
+            continue
+        key, settings, seconds = TTT + score["form"], score.get("settings"), score.get("seconds")
+        want(key not in scores, f"several scores with {score['form']}: wanted the one that is handed in")
+        want(type(seconds) in (int, float) and 0 <= seconds < math.inf, f"{name}: seconds {seconds!r}")
+        try:
+            known = isinstance(settings, dict) and asdict(parse_form(spelled(score))) == settings
+        except ConfigError:
+            known = False
+        want(known, f"{name}: settings {settings!r}: wanted all of {score['form']}, as --ttt takes them")
+        header, _ = read_ledger((file.parent / Path(score["ledger"]["file"]).name).read_bytes())
+        begun = (header["artifact"], header["base"])
+        want(begun == (digest, base), f"{name}: began with other weights than the artifact's")  # whatever its name
+        said = header.get("settings")
+        want(said == settings, f"{name}: settings {settings}, the ledger has {said}")
+        scored = {what: header[what] for what in text}
+        want(scored == text, f"{name}: is of another text than {run.path} was scored on: {scored}, {text}")
+        scores[key] = score
+    want(scores, "no score with test-time training: quantize.py score ARTIFACT --ttt FORM --json FILE")
+    machine = record.get("environment")
+    want(isinstance(machine, dict) and isinstance(machine.get("packages"), dict), "does not say on what machine")
+    changed = [f"{what} {a}, {b}" for what, a, b in _machines(run.environment, machine) if a != b]
+    want(not changed, f"was made on another machine than {run.path}: {'; '.join(changed)}")
+    merged = {**run.summary, "scores": {**run.summary["scores"], **scores}}
+    return replace(run, summary=merged, adapted=file, adapted_on=machine)
+
+
+def _scored_text(folder: Path, score: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was scored on, by its ledger: tokens, bytes and hash of the shards."""
+    try:
+        file = folder / Path(score["ledger"]["file"]).name
+        header, _ = read_ledger(file.read_bytes())
+    except (KeyError, TypeError, OSError, LedgerError) as error:
+        raise SubmissionError(f"{folder}: its score has no ledger to compare --scores with: {error}") from None
+    return {what: header[what] for what in ("tokens", "bytes", "shards")}
 
 
 def _refusals(runs: Sequence[SeedRun], code_bytes: int) -> list[str]:
@@ -300,7 +436,7 @@ def _refusals(runs: Sequence[SeedRun], code_bytes: int) -> list[str]:
         one, other = (r.config.model_dump(mode="json", exclude=MACHINE | {"seed"}) for r in (first, run))
         if changed := [f"{name} {one[name]}, {other[name]}" for name in one if one[name] != other[name]]:
             reasons.append(f"{first.path} and {run.path} are of different configurations: {'; '.join(changed)}")
-        if changed := [f"{what} {a}, {b}" for what, a, b in _machines(first, run) if a != b]:
+        if changed := [f"{what} {a}, {b}" for what, a, b in _machines(first.environment, run.environment) if a != b]:
             reasons.append(f"{first.path} and {run.path} ran on different machines: {'; '.join(changed)}")
         if _text(run) != _text(first):
             reasons.append(f"{first.path} and {run.path} were scored differently: {_text(first)}, {_text(run)}")
@@ -314,10 +450,10 @@ def _refusals(runs: Sequence[SeedRun], code_bytes: int) -> list[str]:
     return reasons
 
 
-def _machines(one: SeedRun, other: SeedRun) -> list[tuple[str, Any, Any]]:
-    a, b = one.environment, other.environment
-    return [(name, a.get(name), b.get(name)) for name in ("device", "world_size", "cuda")] + [
-        ("torch", a["packages"]["torch"], b["packages"]["torch"])
+def _machines(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What of two environments has to be the same, by name."""
+    return [(name, one.get(name), other.get(name)) for name in ("device", "world_size", "cuda")] + [
+        ("torch", one["packages"].get("torch"), other["packages"].get("torch"))
     ]
 
 
@@ -358,16 +494,19 @@ def _declarable(runs: Sequence[SeedRun], code_sha256: str) -> dict[str, str]:
         scoring = sum(s["seconds"] for name, s in run.summary["scores"].items() if name.startswith("artifact"))
         if max(training, scoring) > SECONDS_LIMIT:
             found["over-time"] = f"{run.path} trained {training:.1f} s and scored {scoring:.1f} s"
-    tokens, size, *_ = _text(runs[0])[_headline(runs[0])]
+    tokens, size, *_ = _text(runs[0])[_headline(runs)]
     if not canonical(tokens, size):
         found["non-canonical"] = (
             f"scored {tokens:,} tokens of {size:,} bytes, wanted all of FineWeb's validation: {VAL_BYTES:,} bytes, "
             f"{VAL_TOKENS['sp8192']:,} tokens at sp8192"
         )
     for run in runs:
-        used = {entry.get("code_sha256") for entry in (run.environment, *run.resumed)}
-        if used != {code_sha256}:
-            commit = run.environment.get("git_commit") or "unknown"
-            found["other-code"] = f"{run.path} ran with other code than stands here: commit {commit}"
+        places = [(run.path, entry) for entry in (run.environment, *run.resumed)]
+        places += [(run.adapted, run.adapted_on)] if run.adapted else []
+        others = [(path, entry) for path, entry in places if entry.get("code_sha256") != code_sha256]
+        if others:
+            path, entry = others[0]
+            commit = entry.get("git_commit") or "unknown"
+            found["other-code"] = f"{path} ran with other code than stands here: commit {commit}"
             break
     return found

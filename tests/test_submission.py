@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -12,15 +13,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import quantize
 from gpt import bundle, review, submission
 from gpt.config import ROOT, load_config
+from gpt.data import open_shard, write_shard
 from gpt.folder import seed_log, settings, submission_json
+from gpt.ledger import audit_record, read, seal, write
 from gpt.record import RecordError, read_config
 from gpt.submission import VAL_BYTES, Facts, SeedRun, SubmissionError, canonical, gather, leaking
 from tests.test_bundle import sample_data, script, small_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gathered(paths: Sequence[Path], **settings: Any) -> Facts:
@@ -336,6 +342,158 @@ def test_what_is_declared_is_stamped(runs: list[Path], tmp_path: Path, capsys: p
     assert not list(tmp_path.glob(".out-*"))
 
 
+CHUNK = "chunk,lr=0.005,momentum=0.9,epochs=1,clip=1.0,rows=4,tokens=512"
+PHASED = "phased,documents=2,lr=0.5"  # too fast to gain anything
+
+
+@pytest.fixture(scope="module")
+def adapted(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Records of scores with test-time training, of two forms, one for each run."""
+    return [scored(run, tmp_path_factory.mktemp(run.name), run.parent.parent / "data", CHUNK, PHASED) for run in runs]
+
+
+def scored(run: Path, folder: Path, data: Path, *forms: str) -> Path:
+    """A record by quantize.py score."""
+    ttt = [word for form in forms for word in ("--ttt", form)]
+    places = ["--data-path", str(data), "--json", str(folder / "score.json"), "--plain"]
+    assert quantize.main(["score", str(run / "model.pga"), *places, *ttt]) == 0
+    return folder / "score.json"
+
+
+def test_test_time_training_is_handed_in(
+    runs: list[Path], adapted: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert hand_in(*runs, "--scores", *reversed(adapted), "--out", out, "--artifacts", *OPTIONS) == 0
+    about = json.loads((out / "submission.json").read_text())
+    readme = (out / "README.md").read_text()
+    assert about["score"] == {"name": "quantized_ttt_chunk", "context": 32, "stride": 16, "ttt": CHUNK}
+    assert about["compliance"]["score_first_ttt"]
+    assert about["name"].endswith("score-first TTT (chunk)")
+    assert f"score-first TTT (chunk), val_bpb {about['val_bpb']:.5f}\n" in readme
+    assert f"\n        --context 32 --stride 16 --ttt {CHUNK}\n" in readme
+    means = {}
+    for name in ("chunk", "phased"):
+        scores = {}
+        for run, record in zip(runs, adapted, strict=True):
+            told = json.loads(record.read_text())["scores"]
+            scores[json.loads((run / "config.json").read_text())["seed"]] = next(
+                score for score in told.values() if score["form"] == name
+            )
+        means[name] = statistics.fmean(score["bpb"] for score in scores.values())
+        for seed, score in scores.items():
+            log = (out / f"train_seed{seed}.log").read_text()
+            assert re.search(rf"^quantized_ttt_{name} .* val_bpb:{score['bpb']:.8f} .* ttt:{name},lr=", log, re.M)
+            assert f"{score['bpb']:.5f}" in readme
+            if name == "chunk":
+                assert f"**{score['bpb']:.5f}**" in readme
+    assert means["chunk"] < means["phased"]  # the lowest is handed in
+    assert about["val_bpb"] == pytest.approx(means["chunk"], abs=1e-8)
+    for run, record in zip(runs, adapted, strict=True):
+        summary, told = (json.loads(path.read_text()) for path in (run / "summary.json", record))
+        own = sum(score["seconds"] for name, score in summary["scores"].items() if name.startswith("artifact"))
+        ttt = sum(score["seconds"] for score in told["scores"].values() if score["form"] != "plain")
+        seed = summary["seed"]
+        assert about["seed_results"][str(seed)]["eval_time_s"] == pytest.approx(own + ttt, abs=2e-3)
+        kept = out / f"scores_seed{seed}" / "score.json"
+        assert kept.read_bytes() == record.read_bytes()
+        assert audit_record(kept, artifact=about["seed_results"][str(seed)]["artifact_sha256"], leaking=False)
+    capsys.readouterr()
+    assert quantize.main(["check", str(out)]) == 0
+    assert re.search(r"^0 FAIL, 2 declared, 0 unknown, \d\d ok$", capsys.readouterr().out, re.M)
+    # Figures of another way of scoring, or other settings, than the log has.
+    edited("train_seed42.log", r"(quantized_ttt_chunk .* val_bpb:\d\.\d\d)\d", r"\g<1>x")(out)
+    edited("train_seed7.log", "ttt:chunk,lr=0.005", "ttt:chunk,lr=0.004")(out)
+    failing = {row.name for row in review.review(out).rows if row.verdict == "FAIL"}
+    assert {"val_bpb of 42, JSON", "test-time training of 7"} <= failing
+
+
+def test_test_time_training_that_is_refused(runs: list[Path], adapted: list[Path], tmp_path: Path) -> None:
+    number = iter(range(100))
+
+    def refusal(*records: Path, of: Sequence[Path] = runs) -> str:
+        with pytest.raises(SubmissionError) as error:
+            gathered(of, declared=("non-canonical",), scores=records)
+        return str(error.value)
+
+    def changed(change: Callable[[dict[str, Any]], object], sealed: bool = True) -> Path:
+        """The second record, doctored, with its ledgers."""
+        copy = tmp_path / str(next(number))
+        shutil.copytree(adapted[1].parent, copy)
+        record = json.loads((copy / "score.json").read_text())
+        change(record)
+        (copy / "score.json").write_text(json.dumps(seal(record) if sealed else record))
+        return copy / "score.json"
+
+    def name_of(record: dict[str, Any], form: str) -> str:
+        return next(name for name, score in record["scores"].items() if score["form"] == form)
+
+    def chunk(record: dict[str, Any]) -> Any:
+        return record["scores"][name_of(record, "chunk")]
+
+    first, second, third = adapted
+    assert f"none of {runs[1]}, artifact" in refusal(first, third)
+    twice = changed(dict)
+    assert f"{second} and {twice} of {runs[1]}" in refusal(first, second, third, twice)
+    assert f"{third} is of artifact" in refusal(first, second, third, of=runs[:2])
+    assert "summary.json: not what quantize.py score --json writes" in refusal(first, runs[1] / "summary.json", third)
+    for change, sealed, wanted in (
+        (lambda r: chunk(r).update(bpb=1.0), False, "the seal is not that of the record"),
+        (lambda r: chunk(r).update(bpb=1.0), True, "record: bpb 1.0, the ledger has"),
+        (lambda r: r.update(leaking=True), True, "leaking True, the artifact says False"),
+        (lambda r: r.update(artifact_sha256=json.loads(first.read_text())["artifact_sha256"]), True, "wanted one for"),
+        (lambda r: chunk(r)["settings"].update(lr=0.01), True, "the ledger has {'lr': 0.005"),
+        (lambda r: chunk(r)["settings"].pop("lr"), True, "wanted all of chunk"),
+        (lambda r: chunk(r).update(seconds=-1.0), True, "seconds -1.0"),
+        (lambda r: r["scores"].update(again=chunk(r)), True, "several scores with chunk"),
+        (lambda r: r.update(scores={"plain": r["scores"]["plain"]}), True, "no score with test-time training"),
+        (lambda r: r["environment"].update(world_size=8), True, "on another machine than"),
+        (lambda r: r.pop("environment"), True, "does not say on what machine"),
+        (lambda r: r["environment"].update(code_sha256="0" * 64), True, "ran with other code than stands here"),
+        (lambda r: r["scores"].pop(name_of(r, "phased")), True, "were made differently"),
+    ):  # fmt: skip
+        record = changed(change, sealed)
+        said = refusal(first, record, third)
+        assert wanted in said
+        assert str(record) in said
+    # Called a score of EMA weights, which the audit ties to no artifact.
+    record = changed(lambda r: r["scores"].update({"ema-chunk": r["scores"].pop(name_of(r, "chunk"))}))
+    told = json.loads(record.read_text())
+    ledger = record.parent / told["scores"]["ema-chunk"]["ledger"]["file"]
+    header, lines = read(ledger.read_bytes())
+    ledger.write_bytes(write({**header, "artifact": None}, lines))
+    told["scores"]["ema-chunk"]["ledger"]["sha256"] = hashlib.sha256(ledger.read_bytes()).hexdigest()
+    record.write_text(json.dumps(seal(told)))
+    assert f"{record}: ema-chunk: began with other weights" in refusal(first, record, third)
+    # Honest records: of other settings, and of another text.
+    forms = (CHUNK.replace("0.005", "0.01"), PHASED)
+    other = scored(runs[1], tmp_path, runs[1].parent.parent / "data", *forms)
+    assert re.search(
+        rf"{other} and .* were made differently: chunk,lr=0.01.* and chunk,lr=0.005", refusal(first, other, third)
+    )
+    data = tmp_path / "data"
+    data.mkdir()
+    tokens = np.array(open_shard(runs[1].parent.parent / "data/fineweb_val_000000.bin"))
+    write_shard(data / "fineweb_val_000000.bin", tokens[:1001])
+    short = scored(runs[1], data, data, CHUNK, PHASED)
+    assert re.search(rf"{short}: chunk.* is of another text than {runs[1]} was", refusal(first, short, third))
+
+
+def test_test_time_training_of_a_model_that_leaks(tmp_path: Path) -> None:
+    data = sample_data(tmp_path / "data")
+    run = small_run(data, tmp_path / "runs", "leaks", PRE_QUANT="validation", ALLOW_LEAK="1", PRE_QUANT_EPOCHS="1")
+    record = scored(run, tmp_path, data, CHUNK)
+    owned = ("non-canonical", "few-seeds")
+    with pytest.raises(SubmissionError, match="stamped as leaking"):
+        gathered([run], declared=owned, scores=[record])
+    facts = gathered([run], declared=(*owned, "leaking"), scores=[record])
+    assert not facts.compliance["score_first_ttt"]
+    told = json.loads(record.read_text())
+    record.write_text(json.dumps(seal({**told, "leaking": False})))
+    with pytest.raises(SubmissionError, match="leaking False, the artifact says True"):
+        gathered([run], declared=(*owned, "leaking"), scores=[record])
+
+
 def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path: Path) -> None:
     canonical_runs = []
     for run in runs:
@@ -376,6 +534,11 @@ def test_the_main_readme_s_commands_are_understood() -> None:
     section = (ROOT / "README.md").read_text().partition("## Handing in")[2].partition("\n## ")[0]
     commands = re.findall(r"^    python quantize.py ((?:[^\\\n]|\\\n)*)", section, re.M)
     parsed = [quantize.parse(shlex.split(command.replace("\\\n", ""))) for command in commands]
-    assert [one.run for one in parsed] == [quantize.write_submission, quantize.check_submission]
+    assert [one.run for one in parsed] == [
+        quantize.write_submission,
+        quantize.check_submission,
+        quantize.write_submission,
+    ]
     assert parsed[0].out == parsed[1].folder
+    assert len(parsed[2].scores) == len(parsed[2].runs) == 3
     assert all(kind in section for kind in submission.DECLARATIONS)
