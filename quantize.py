@@ -31,7 +31,7 @@ from gpt.data import DataError, calibration_batches, load_validation
 from gpt.distributed import Ranks, distributed, run_program
 from gpt.generate import generate, stream_text
 from gpt.gptq import QuantisationError
-from gpt.ledger import LedgerError, audit_record, fingerprint, seal
+from gpt.ledger import LedgerError, audit_record, base_name, read_record, seal
 from gpt.model import BANKS, GPT
 from gpt.pack import pack
 from gpt.page import write_page
@@ -142,31 +142,43 @@ def _writable(path: Path) -> None:
         raise ConfigError(f"--json {path}: its folder cannot be written to: {error}") from None
 
 
-def audit_scores(arguments: Namespace, ranks: Ranks) -> None:
+def audit_scores(arguments: Namespace, ranks: Ranks) -> int:
     path = arguments.record / "summary.json" if arguments.record.is_dir() else arguments.record
+    record = read_record(path)
     beside = path.with_name("model.pga")
     file = arguments.artifact or (beside if beside.is_file() else None)
+    data = arguments.data_path or _own_shards(path, record)
     known: dict[str, Any] = {}
     if file:
         artifact = load(file)
         model = artifact.model(select("reference", ranks.device), ranks.device, ranks.dtype)
-        base = f"{int(fingerprint(model.parameters())) % 2**64:016x}"
+        base = base_name(model.parameters())
         known = {"artifact": artifact.sha256, "base": base, "leaking": artifact.config.leaking}
-    if arguments.data_path:
-        if not file:
-            raise ConfigError("--data-path: bytes are those of the artifact's tokenizer; wanted --artifact too")
+    elif arguments.data_path:
+        raise ConfigError("--data-path: bytes are those of the artifact's tokenizer; wanted --artifact too")
+    if file and data:
         tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
-        tokens = load_validation(arguments.data_path, artifact.config.vocab_size)
+        tokens = load_validation(data, artifact.config.vocab_size)
         text = validation_text(tokens, tokenizer.byte_table(), ranks.device)
         known |= {"tokens": tokens, "lengths": text.lengths.cpu().numpy()}
     findings = audit_record(path, **known)
     for name, found in findings.items():
         of = f"{found.versions} versions of the weights, {found.trained:,d} tokens trained some; {found.lines} lines"
-        print(f"{name}: {'LEAKING' if found.leaking else 'fair'}. {of}")
-    print(f"artifact  {f'{file}: the one that was scored' if file else 'not at hand'}")
-    print(f"shards    {'the ones that were scored' if arguments.data_path else 'not compared: --data-path'}")
+        print(f"{name}: {found.verdict}. {of}")
+    print(f"artifact  {f'{file}: the one that was scored' if file else 'not at hand: --artifact'}")
+    print(f"shards    {f'{data}: the ones that were scored' if file and data else 'not compared: --data-path'}")
     if any(found.leaking for found in findings.values()):
         raise LedgerError(f"{path}: {' '.join(LEAKING)}")
+    return 0 if file and data else 1
+
+
+def _own_shards(path: Path, record: dict[str, Any]) -> Path | None:
+    """The shards that a record, or the configuration beside it, names; None where they are not on this machine."""
+    named = read_config(path.parent).data_path if path.name == "summary.json" else record.get("data_path")
+    named = (
+        named if isinstance(named, Path) else Path(named) if isinstance(named, str) and named.isprintable() else None
+    )
+    return named if named and any(named.glob("fineweb_val_*.bin")) else None
 
 
 def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str) -> str:
@@ -328,7 +340,9 @@ def parse(arguments: list[str]) -> Namespace:
     command.set_defaults(run=audit_scores, device="cpu")
     command.add_argument("record", type=Path, help="what score --json wrote, or a run's folder")
     command.add_argument("--artifact", type=Path, help="that was scored; default: model.pga beside the record")
-    command.add_argument("--data-path", type=Path, help="folder of fineweb_val_*.bin, to compare with")
+    command.add_argument(
+        "--data-path", type=Path, help="folder of fineweb_val_*.bin; default: the record's, if it is here"
+    )
     command.add_argument("--tokenizer-path", type=Path, help="default: the sample's, if it is the artifact's")
 
     command = commands.add_parser("preflight", parents=[machine], help="a reviewer's checks, on a CPU, in a minute")

@@ -20,7 +20,9 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,10 @@ PIECE = 4096  # weights of one inner sum of a fingerprint
 LINE = 32_768  # targets of a line, where nothing else divides them
 FIXED = ("plain", "sliding")  # forms that train nothing
 FORMS = (*FIXED, "chunk", "document", "phased")
-HEADER = ("artifact", "base", "bytes", "context", "form", "leaking", "ledger", "nats", "shards", "stride", "tokens")
+# Scores of these names are of these forms; a name that is not here begins with its form.
+NAMES: dict[str, tuple[str, ...]] = dict.fromkeys(("ema", "ema_pre_quant", "artifact"), ("plain",))
+NAMES |= {"sliding": FIXED, "artifact_sliding": FIXED, "artifact_ttt": FORMS[2:]}
+MOST = 2**28  # tokens, bytes of text: six times the largest validation; a number that says more is a mistake
 
 
 class LedgerError(ValueError):
@@ -70,6 +75,11 @@ def _odd(count: int, number: int, device: torch.device) -> Tensor:
 
 def _hex(value: int) -> str:
     return f"{value % 2**64:016x}"
+
+
+def base_name(weights: Iterable[Tensor]) -> str:
+    """What a ledger calls the weights that it begins with."""
+    return _hex(int(fingerprint(weights)))
 
 
 def version_name(parent: str, first: int, last: int, print_of_weights: str) -> str:
@@ -152,15 +162,12 @@ def read(data: bytes) -> tuple[dict[str, Any], list[list[Any]]]:
         body, _, seal = text.removesuffix(b"\n").rpartition(b"\n")
         header, *lines = map(json.loads, body.splitlines())
         sealed = json.loads(seal)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise LedgerError(f"not a ledger: {error}") from None
     if sealed != hashlib.sha256(body + b"\n").hexdigest():
         raise LedgerError("the seal in the last line is not that of the lines before it: the file was changed")
     if not isinstance(header, dict) or header.get("ledger") != FORMAT:
         raise LedgerError(f"the first line is no header of format {FORMAT}")
-    missing = [name for name in HEADER if name not in header]
-    if missing:
-        raise LedgerError(f"header: no {', '.join(missing)}")
     return header, lines
 
 
@@ -183,8 +190,15 @@ class Findings:
     lines: int
     versions: int  # of weights, that of the artifact among them
     trained: int  # targets that some version was trained on
+    weights: bool  # at the start, compared with the artifact's
     shards: bool  # compared with the shards
     leaking: bool
+
+    @property
+    def verdict(self) -> str:
+        """LEAKING, fair, or what is at hand proves neither."""
+        missing = [name for name in ("weights", "shards") if not getattr(self, name)]
+        return "LEAKING" if self.leaking else f"NOT PROVEN, {' and '.join(missing)} not at hand" if missing else "fair"
 
 
 def _want(condition: Any, message: str) -> None:
@@ -192,8 +206,52 @@ def _want(condition: Any, message: str) -> None:
         raise LedgerError(message)
 
 
+Kind = tuple[Callable[[Any], bool], str]  # whether a value is of it, and its name
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return type(value) in (int, float) and 0 <= value < 1e15  # neither infinite nor NaN
+
+
+def _hexadecimal(digits: int) -> Kind:
+    return lambda x: isinstance(x, str) and bool(re.fullmatch(f"[0-9a-f]{{{digits}}}", x)), f"{digits} hex digits"
+
+
+NUMBER: Kind = _number, "a number of 0 or more"
+COUNT: Kind = lambda x: type(x) is int and 0 < x <= MOST, f"a whole number of 1 to {MOST}"
+TEXT: Kind = lambda x: isinstance(x, str) and x.isprintable(), "text"
+TRUTH: Kind = lambda x: type(x) is bool, "true or false"
+SHA256 = _hexadecimal(64)
+# What header and record both say of a score.
+SAID: dict[str, Kind] = {
+    "bytes": COUNT,
+    "context": COUNT,
+    "form": (lambda x: x in FORMS, f"one of {', '.join(FORMS)}"),
+    "leaking": TRUTH,
+    "nats": NUMBER,
+    "settings": (lambda x: isinstance(x, dict) and all(map(_number, x.values())), "numbers by name"),
+    "stride": COUNT,
+    "tokens": COUNT,
+}
+HEADER: dict[str, Kind] = SAID | {
+    "artifact": (lambda x: x is None or SHA256[0](x), f"null or {SHA256[1]}"),
+    "base": _hexadecimal(16),
+    "shards": SHA256,
+}
+CLAIM: dict[str, Kind] = SAID | {"bpb": NUMBER, "nats_per_token": NUMBER, "seconds": NUMBER}
+
+
+def _check_kinds(what: str, found: Any, wanted: Mapping[str, Kind]) -> None:
+    """Every entry there, and of its kind."""
+    _want(isinstance(found, dict), f"{what}: {_short(found)}, wanted an object")
+    missing = [name for name in sorted(wanted) if name not in found]
+    _want(not missing, f"{what}: no {', '.join(missing)}")
+    for name, (right, kind) in wanted.items():
+        _want(right(found[name]), f"{what}: {name} {_short(found[name])}, wanted {kind}")
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:80]
 
 
 def _check_line(number: int, line: Any) -> None:
@@ -201,8 +259,9 @@ def _check_line(number: int, line: Any) -> None:
     shapes = {"score": (int, int, str, float, int), "train": (int, int, str, str)}
     good = isinstance(line, list) and line and isinstance(line[0], str) and line[0] in shapes
     good = good and [type(item) for item in line[1:]] == list(shapes[line[0]])
-    good = good and 0 <= line[1] < line[2] and all(map(_number, line[4:] if line[0] == "score" else ()))
-    _want(good, f"line {number}: {json.dumps(line)[:80]} is neither a score nor a training")
+    good = good and 0 <= line[1] < line[2] <= MOST
+    good = good and (all(map(_number, line[4:])) if line[0] == "score" else _hexadecimal(16)[0](line[4]))
+    _want(good, f"line {number}: {_short(line)} is neither a score nor a training")
 
 
 def _check_coverage(scores: list[tuple[int, list[Any]]], tokens: int) -> None:
@@ -254,6 +313,8 @@ def _check_order(header: Mapping[str, Any], lines: list[list[Any]], borders: NDA
         if document and form == "document":
             places = {document(first), document(last - 1), *([document(version.first)] if version.line else [])}
             _want(len(places) == 1, f"line {number}: {kind} across the border of a document")
+            whole = version.line or not first or document(first) > document(first - 1)
+            _want(whole, f"line {number}: target {first} is inside of a document, whose beginning trained nothing")
     _want(not early, early)
     for name, version in versions.items():
         _want(
@@ -261,6 +322,35 @@ def _check_order(header: Mapping[str, Any], lines: list[list[Any]], borders: NDA
             f"line {version.line}: its weights {name} scored nothing: another line names the wrong ones",
         )
     return len(versions)
+
+
+def _check_settings(header: Mapping[str, Any], lines: list[list[Any]]) -> None:
+    """That form and settings are those by which the lines were made, as far as lines show them."""
+    form, context, stride, settings = (header[name] for name in ("form", "context", "stride", "settings"))
+    right = stride == context if form == "plain" else stride < context if form == "sliding" else stride <= context
+    _want(right, f"header: {form} with context {context} and stride {stride}")
+    if form in FIXED:
+        _want(not settings, f"header: settings {_short(settings)}, in {form} scoring")
+        return
+    _check_kinds("settings", settings, dict.fromkeys(("phases",) if form == "phased" else ("tokens",), COUNT))
+    trained = [(number, *line[1:3]) for number, line in enumerate(lines, 2) if line[0] == "train"]
+    if form == "phased":
+        _want(len(trained) <= settings["phases"], f"{len(trained)} trainings, settings: phases {settings['phases']}")
+        for number, first, last in trained:
+            _want(not first and not last % context, f"line {number}: a training on {first} to {last - 1}, wanted rows")
+        return
+    size = settings["tokens"]
+    if form == "chunk":
+        count, rows = -(-header["tokens"] // size) - 1, size // context * context
+        _want(len(trained) == count, f"{len(trained)} trainings, settings: tokens {size}: wanted {count}")
+        for index, (number, first, last) in enumerate(trained):
+            wanted = index * size, index * size + rows
+            _want((first, last) == wanted, f"line {number}: not the training of {wanted[0]} to {wanted[1] - 1}")
+        return
+    _want(stride == size, f"header: stride {stride}, settings: tokens {size}")
+    for number, (kind, first, last, *_) in enumerate(lines, 2):
+        right = last - first == size if kind == "train" else last - first <= size
+        _want(right, f"line {number}: {kind} of {last - first}, settings: tokens {size}")
 
 
 def audit(
@@ -281,12 +371,9 @@ def audit(
     weights that it began with; tokens, those of the shards, and lengths, the bytes of each after the first, are what
     was scored.
     """
-    for name in ("tokens", "bytes", "context", "stride"):
-        _want(
-            type(header[name]) is int and header[name] > 0, f"header: {name} {header[name]!r}, wanted a number above 0"
-        )
-    _want(header["form"] in FORMS, f"header: form {header['form']!r}, wanted one of {', '.join(FORMS)}")
-    _want(type(header["leaking"]) is bool, f"header: leaking {header['leaking']!r}, wanted true or false")
+    _check_kinds("header", header, HEADER)
+    if claim is not None:
+        _check_kinds("record", claim, CLAIM)
     _want(
         artifact is None or header["artifact"] == artifact, f"header: of artifact {header['artifact']}, not {artifact}"
     )
@@ -295,8 +382,8 @@ def audit(
         f"header: weights {header['base']} at the start, the artifact has {base}",
     )
     if claim is not None:
-        for name in ("form", "context", "stride"):  # and the figures, below
-            _want(claim.get(name) == header[name], f"header: {name} {header[name]}, the record says {claim.get(name)}")
+        for name in ("form", "context", "stride", "settings"):  # and the figures, below
+            _want(claim[name] == header[name], f"header: {name} {header[name]}, the record says {claim[name]}")
     if tokens is not None:
         _want(
             header["tokens"] == tokens.size - 1,
@@ -310,6 +397,7 @@ def audit(
     _check_coverage(scores, header["tokens"])
     borders = None if tokens is None else np.flatnonzero(tokens == bos)
     versions = _check_order(header, lines, borders)
+    _check_settings(header, lines)
 
     nats, size = math.fsum(line[4] for _, line in scores), sum(line[5] for _, line in scores)
     _want(nats == header["nats"], f"nats of the lines add up to {nats!r}, the header says {header['nats']!r}")
@@ -322,13 +410,13 @@ def audit(
         figures = {"nats": nats, "tokens": header["tokens"], "bytes": size}
         figures |= {"nats_per_token": nats / header["tokens"], "bpb": nats / math.log(2) / size}
         for name, value in figures.items():
-            _want(claim.get(name) == value, f"record: {name} {claim.get(name)}, the ledger has {value}")
-    trained = np.zeros(header["tokens"] + 1, dtype=np.int64)
+            _want(claim[name] == value, f"record: {name} {claim[name]}, the ledger has {value}")
+    trained = np.zeros(header["tokens"], dtype=bool)
     for kind, first, last, *_ in lines:
         if kind == "train":
-            trained[first] += 1
-            trained[last] -= 1
-    return Findings(len(lines), versions, int((trained.cumsum() > 0).sum()), lengths is not None, header["leaking"])
+            trained[first:last] = True
+    known = artifact is not None and base is not None, tokens is not None and lengths is not None
+    return Findings(len(lines), versions, int(trained.sum()), *known, header["leaking"])
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,45 +433,77 @@ def save(path: Path, header: Mapping[str, Any], ledger: Ledger) -> dict[str, str
     return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of scores, a JSON file, every entry that an audit looks at of its kind.
+
+    Raises LedgerError where it is none, or where its seal is not its own.
+    """
+    try:
+        record = json.loads(path.read_text())
+        _want(isinstance(record, dict) and "scores" in record, 'wanted an object with "scores"')
+    except (OSError, ValueError, RecursionError) as error:
+        raise LedgerError(f"{path}: no record of scores: {type(error).__name__}: {error}") from None
+    try:
+        artifact = record if "artifact_sha256" in record else record.get("artifact")
+        _check_kinds("artifact", artifact, {"artifact_sha256" if artifact is record else "sha256": SHA256})
+        _want(json.loads(json.dumps(seal(record))) == record, "the seal is not that of the record: it was changed")
+        scores = record["scores"]
+        _want(isinstance(scores, dict) and scores, f"no scores: {_short(scores)}, wanted an object of some")
+        _check_kinds("record", record, {"leaking": TRUTH})
+    except LedgerError as error:
+        raise LedgerError(f"{path}: {error}") from None
+    return record
+
+
+def artifact_of(record: Mapping[str, Any]) -> str:
+    """SHA-256 of the artifact that a record, as `read_record` gives it, is of."""
+    return str(record["artifact_sha256"] if "artifact_sha256" in record else record["artifact"]["sha256"])
+
+
 def audit_record(
     path: Path, artifact: str | None = None, base: str | None = None, leaking: bool | None = None, **shards: Any
 ) -> dict[str, Findings]:
     """Audit every score of a record, a JSON file with its ledgers beside it. Raises LedgerError, naming the score.
 
-    artifact, base, leaking: SHA-256, fingerprint of the weights, and stamp of the artifact, where it is at hand;
-    shards: tokens and lengths, as for `audit`.
+    All scores have to be of one text, and those of the artifact of one model. artifact, base, leaking: SHA-256,
+    fingerprint of the weights (`base_name`), and stamp of the artifact, where it is at hand; shards: tokens and
+    lengths, as for `audit`.
     """
-    try:
-        record = json.loads(path.read_text())
-        scores = record["scores"].items()
-        told = record["artifact_sha256"] if "artifact_sha256" in record else record["artifact"]["sha256"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise LedgerError(f"{path}: no record of scores: {type(error).__name__}: {error}") from None
-    _want(json.loads(json.dumps(seal(record))) == record, f"{path}: the seal is not that of the record: it was changed")
+    record = read_record(path)
+    told = artifact_of(record)
     _want(artifact in (None, told), f"{path}: of artifact {told}, the file has {artifact}")
-    _want(
-        leaking in (None, record.get("leaking")),
-        f"{path}: leaking {record.get('leaking')}, the artifact says {leaking}",
-    )
-    _want(scores, f"{path}: no scores")
-    findings = {}
-    for name, claim in scores:
+    _want(leaking in (None, record["leaking"]), f"{path}: leaking {record['leaking']}, the artifact says {leaking}")
+    findings: dict[str, Findings] = {}
+    common: dict[str, Any] = {}  # what the ledgers before said
+    for name, claim in record["scores"].items():
         try:
+            header, lines = _ledger_of(path, claim)
+            forms = NAMES.get(name, (re.split("[-_,]", name)[0],))
+            _want(header.get("form") in forms, f"header: form {_short(header.get('form'))} by the name of {name}")
             of_artifact = not name.startswith("ema")  # the weights before they were quantised
-            _want("ledger" in claim, "no ledger")
-            data = (path.parent / Path(claim["ledger"]["file"]).name).read_bytes()
-            found = hashlib.sha256(data).hexdigest()
-            wanted = claim["ledger"]["sha256"]
-            _want(found == wanted, f"the ledger has sha256 {found}, the record names {wanted}")
-            header, lines = read(data)
-            _want(
-                header["leaking"] == claim.get("leaking") == record.get("leaking"),
-                f"leaking: {header['leaking']} in the ledger, {claim.get('leaking')} in the score, "
-                f"{record.get('leaking')} in the record",
-            )
-            _want(of_artifact == bool(header["artifact"]), f"header: of artifact {header['artifact']}")
-            known = (told, base) if of_artifact else (None, None)
+            known = (artifact, base) if of_artifact else (None, None)
             findings[name] = audit(header, lines, claim, *known, **shards)
+            _want(
+                header["leaking"] == claim["leaking"] == record["leaking"],
+                f"leaking: {header['leaking']} in the ledger, {claim['leaking']} in the score, "
+                f"{record['leaking']} in the record",
+            )
+            wanted = told if of_artifact else None
+            _want(header["artifact"] == wanted, f"header: of artifact {header['artifact']}, not {wanted}")
+            for what in ("shards", "tokens", "bytes", *(("base",) if of_artifact else ())):
+                first = common.setdefault(what, header[what])
+                _want(header[what] == first, f"header: {what} {header[what]}, another score of the record has {first}")
         except (LedgerError, OSError) as error:
             raise LedgerError(f"{path}: score {name!r}: {error}") from None
     return findings
+
+
+def _ledger_of(path: Path, claim: Any) -> tuple[dict[str, Any], list[list[Any]]]:
+    """The ledger beside the record at `path` that a score in it names. Raises LedgerError, OSError where it is not."""
+    _check_kinds("record", claim, {})
+    _want("ledger" in claim, "no ledger")
+    _check_kinds("ledger", claim["ledger"], {"file": TEXT, "sha256": TEXT})
+    data = (path.parent / Path(claim["ledger"]["file"]).name).read_bytes()
+    found, wanted = hashlib.sha256(data).hexdigest(), claim["ledger"]["sha256"]
+    _want(found == wanted, f"the ledger has sha256 {found}, the record names {wanted}")
+    return read(data)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import ARTIFACT_LIMIT, PRESETS, Config
-from gpt.ledger import LedgerError, audit, read
+from gpt.ledger import Findings, LedgerError, artifact_of, audit_record, read_record
 from gpt.record import RecordError, read_config, read_metrics, write_atomic
 
 STYLE = """
@@ -148,11 +148,15 @@ def rows(header: Sequence[str], lines: Iterable[Sequence[Any]], kind: str = "wid
     return f"<div class={kind}><table><tr>{cells('th', header)}</tr>{body}</table></div>"
 
 
-def parts_of_a_step(measured: dict[str, dict[str, float]]) -> str:
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(ms, int | float) and 0 <= ms < 1e9 for ms in value.values())
+
+
+def parts_of_a_step(measured: Any) -> str:
     """{layers: {part: ms}} as a bar for each number of layers, all on one scale, and a table."""
-    if not measured:
+    if not isinstance(measured, dict) or not measured or not all(map(_is_parts, measured.values())):
         return "<p class=soft>not measured</p>"
-    longest = max(sum(parts.values()) for parts in measured.values())
+    longest = max(sum(parts.values()) for parts in measured.values()) or 1
     scale, drawn, names = (WIDTH - LEFT - RIGHT) / longest, [], list(next(iter(measured.values())))
     for line, (layers, parts) in enumerate(measured.items()):
         x, y = float(LEFT), 24 + 30 * line
@@ -166,7 +170,7 @@ def parts_of_a_step(measured: dict[str, dict[str, float]]) -> str:
     for number, name in enumerate(names):
         drawn.append(f'<text x="{LEFT + 180 * number}" y="14" style="fill:{COLOURS[number % 6]}">{escape(name)}</text>')
     head = ("ms, each part waited for", *(f"{layers} layers" for layers in measured))
-    table = [(name, *(f"{parts[name]:.2f}" for parts in measured.values())) for name in names]
+    table = [(name, *(f"{parts.get(name, 0):.2f}" for parts in measured.values())) for name in names]
     table.append(("sum", *(f"{sum(parts.values()):.2f}" for parts in measured.values())))
     return _svg(26 + 30 * len(measured), drawn, "parts of a step") + rows(head, table)
 
@@ -180,7 +184,7 @@ def _scores(summary: dict[str, Any], more: dict[str, dict[str, Any]]) -> str:
         )
     ]
     for file, record in more.items():
-        same = record.get("artifact_sha256") == summary["artifact"]["sha256"]
+        same = artifact_of(record) == summary["artifact"]["sha256"]
         lines += [(f"{file}: {name}{'' if same else ' (another artifact)'}", s) for name, s in record["scores"].items()]
     table, before = [], None
     for name, score in lines:
@@ -193,26 +197,39 @@ def _scores(summary: dict[str, Any], more: dict[str, dict[str, Any]]) -> str:
     return rows(("stage", "BPB", "change", "nats / token", "context / stride", "s"), table)
 
 
-def _ledgers(path: Path, records: dict[str, dict[str, Any]]) -> str:
-    lines = []
-    for file, record in records.items():
-        for name, score in record["scores"].items():
-            entry = score.get("ledger")
-            if not entry:
-                lines.append((f"{file}: {name}", "no ledger", "", "", "", ""))
-                continue
+def _audits(path: Path) -> dict[str, dict[str, Findings] | LedgerError]:
+    """What an audit says of summary.json and of every other record of scores beside it, from their files alone."""
+    found: dict[str, dict[str, Findings] | LedgerError] = {}
+    for file in (path / "summary.json", *sorted(set(path.glob("*.json")) - {path / "summary.json"})):
+        content = _json(file)
+        if isinstance(content, dict) and "scores" in content:  # what else lies there is none of ours
             try:
-                header, events = read((path / Path(entry["file"]).name).read_bytes())
-                found = audit(header, events, score)
-                told = "LEAKING" if found.leaking else "consistent"
-                figures = (f"{found.lines:,}", f"{found.versions:,}", f"{found.trained:,}")
-            except (LedgerError, OSError) as error:
-                told, figures = f"REFUSED: {error}", ("", "", "")
-            lines.append((f"{file}: {name}", told, score.get("form", ""), *figures))
-    head = ("score", "audit", "form", "lines", "versions of weights", "tokens that trained some")
-    return (
-        rows(head, lines) + "<p class=soft>Against the shards: <code>quantize.py audit RUN --data-path DATA</code></p>"
-    )
+                found[file.stem] = audit_record(file)
+            except LedgerError as error:
+                found[file.stem] = error
+    return found
+
+
+def _ledgers(audits: dict[str, dict[str, Findings] | LedgerError]) -> str:
+    lines: list[tuple[str, ...]] = []
+    for record, findings in audits.items():
+        if isinstance(findings, LedgerError):
+            lines.append((record, f"REFUSED: {findings}", "", "", ""))
+            continue
+        for name, found in findings.items():
+            told = "LEAKING" if found.leaking else "consistent"
+            lines.append((f"{record}: {name}", told, f"{found.lines:,}", f"{found.versions:,}", f"{found.trained:,}"))
+    head = ("score", "audit", "lines", "versions of weights", "tokens that trained some")
+    said = "<p class=soft>Against artifact and shards: <code>quantize.py audit RUN</code></p>"
+    return rows(head, lines) + said
+
+
+def _json(file: Path) -> Any:
+    """What a JSON file holds; None where it is none."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _differences(config: Config, other: Config) -> list[tuple[str, Any, Any]]:
@@ -226,17 +243,13 @@ def _differences(config: Config, other: Config) -> list[tuple[str, Any, Any]]:
 def page(path: Path, against: Path | None = None) -> str:
     """The page of a finished run's folder. Raises RecordError where it is none."""
     config = read_config(path)
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-        environment = json.loads((path / "environment.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: no finished run: {error}") from None
-    more = {}
-    for file in sorted(path.glob("*.json")):
-        if file.stem not in ("config", "environment", "summary"):
-            content = json.loads(file.read_text())
-            if isinstance(content, dict) and isinstance(content.get("scores"), dict):
-                more[file.stem] = content
+    summary, environment, parts = (_json(path / f"{name}.json") for name in ("summary", "environment", "parts"))
+    for name, content in (("summary", summary), ("environment", environment)):
+        if not isinstance(content, dict):
+            raise RecordError(f"{path}: no finished run: {name}.json is missing or no JSON object")
+    audits = _audits(path)
+    more = {name: read_record(path / f"{name}.json") for name, found in audits.items() if isinstance(found, dict)}
+    more.pop("summary", None)
     entries = read_metrics(path)
     train = [(e["step"], e["train_loss"]) for e in entries if "train_loss" in e]
     val = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
@@ -275,12 +288,12 @@ def page(path: Path, against: Path | None = None) -> str:
         "<h2>Time of a step</h2>",
         histogram(times, "ms a step, between logged steps"),
         "<h2>Parts of a step</h2>",
-        parts_of_a_step(json.loads((path / "parts.json").read_text()) if (path / "parts.json").is_file() else {}),
+        parts_of_a_step(parts),
         "<h2>Size</h2>",
         bar(sizes, ARTIFACT_LIMIT, "bytes"),
         rows(("part", "bytes"), [(name, f"{size:,}") for name, size in (*sizes.items(), ("sum", sum(sizes.values())))]),
         "<h2>Ledgers</h2>",
-        _ledgers(path, {"summary": summary, **more}),
+        _ledgers(audits),
         f"<h2>Settings that differ from {escape(beside)}</h2>",
         rows(("setting", "this run", beside), changes, "long") if changes else "<p>none</p>",
     ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +74,17 @@ def shards() -> dict[str, Any]:
     return {"tokens": TOKENS, "lengths": TEXT.lengths.numpy()}
 
 
-def test_a_fair_record_passes(record: Path) -> None:
+def test_a_fair_record_passes(record: Path, scores: dict[str, Score]) -> None:
     found = audit_record(record, "a" * 64, leaking=False, **shards())
     assert found.keys() == FORMS.keys()
-    assert found["plain"] == Findings(lines=1, versions=1, trained=0, shards=True, leaking=False)
-    assert found["chunk"] == Findings(lines=13, versions=7, trained=384, shards=True, leaking=False)
+    assert found["plain"] == Findings(lines=1, versions=1, trained=0, weights=False, shards=True, leaking=False)
+    assert found["chunk"] == Findings(lines=13, versions=7, trained=384, weights=False, shards=True, leaking=False)
     assert found["document"].versions > 50
     assert found["phased"].versions == 4
-    assert not audit_record(record)["chunk"].shards
+    assert found["chunk"].verdict == "NOT PROVEN, weights not at hand"
+    assert audit_record(record)["chunk"].verdict == "NOT PROVEN, weights and shards not at hand"
+    base = scores["chunk"].ledger.base
+    assert audit_record(record, "a" * 64, base, **shards())["chunk"].verdict == "fair"
 
 
 def test_ledger_and_log_agree(scores: dict[str, Score]) -> None:
@@ -115,7 +121,8 @@ def told(*story: tuple[Any, ...], form: str = "chunk") -> tuple[dict[str, Any], 
         else:
             lines.append([kind, first, last, name, f"{made[0]:016x}"])
             names[made[0]] = version_name(name, first, last, f"{made[0]:016x}")
-    header = {"ledger": 1, "artifact": "a" * 64, "base": BASE, "form": form, "context": 16, "stride": 4}
+    header = {"ledger": 1, "artifact": "a" * 64, "base": BASE, "form": form, "settings": {"tokens": 100}}
+    header |= {"context": 100, "stride": 100} if form == "document" else {"context": 20, "stride": 4}
     header |= {"leaking": False, "tokens": COUNT - 1, "shards": tokens_sha256(TOKENS)}
     scores = [line for line in lines if line[0] == "score"]
     return header | {"nats": math.fsum(s[4] for s in scores), "bytes": sum(s[5] for s in scores)}, lines
@@ -202,11 +209,15 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], list[list[Any]]], Any], str]] =
     "fewer tokens": (lambda h, lines: h.update(tokens=300), "300 tokens, the shards have 399"),
     "other shards": (lambda h, lines: h.update(shards="0" * 64), "not that of the shards"),
     "another form": (lambda h, lines: h.update(form="sliding"), "a training, in sliding scoring"),
-    "no form": (lambda h, lines: h.update(form="magic"), "header: form 'magic'"),
+    "no form": (lambda h, lines: h.update(form="magic"), 'header: form "magic"'),
     "another artifact": (lambda h, lines: h.update(artifact="b" * 64), "header: of artifact b"),
     "other first weights": (lambda h, lines: h.update(base="0" * 16), "the artifact has 0123456789abcdef"),
-    "leak made unclear": (lambda h, lines: h.update(leaking="no"), "header: leaking 'no'"),
+    "leak made unclear": (lambda h, lines: h.update(leaking="no"), 'header: leaking "no"'),
     "no tokens": (lambda h, lines: h.update(tokens=0), "header: tokens 0"),
+    "more tokens than there can be": (lambda h, lines: h.update(tokens=10**15), "header: tokens 10000"),
+    "a chunk's setting": (lambda h, lines: h.update(settings={"tokens": 120}), "not the training of 0 to 119"),
+    "no setting": (lambda h, lines: h.update(settings={}), "settings: no tokens"),
+    "a stride above the context": (lambda h, lines: h.update(stride=21), "chunk with context 20 and stride 21"),
 }
 
 
@@ -229,7 +240,37 @@ def test_a_changed_file_is_refused() -> None:
         (write({"ledger": 1}, []), "header: no artifact"),
     ):
         with pytest.raises(LedgerError, match=message):
-            read(data)
+            audit(*read(data))
+
+
+def test_form_and_settings_are_those_of_the_lines() -> None:
+    whole = [("score", 0, 399, 0)]
+    phased = [("score", 0, 210, 0), ("train", 0, 200, 0, 1), ("score", 210, 399, 1)]
+
+    def of(form: str, story: Iterable[tuple[Any, ...]], **changes: Any) -> tuple[dict[str, Any], list[list[Any]]]:
+        header, lines = told(*story, form=form)
+        return header | changes, lines
+
+    audit(*of("plain", whole, stride=20, settings={}))
+    audit(*of("sliding", whole, settings={}))
+    audit(*of("phased", phased, settings={"phases": 1}))
+    starts = np.flatnonzero(TOKENS == 1).tolist()
+    begin, end = next((a, b) for a, b in itertools.pairwise(starts) if b - a > 4)
+    parts = [part for part in itertools.pairwise([*starts, 399]) if part[0] != begin]
+    parts += [(begin, begin + 2), (begin + 2, end)]
+    for found, message in (
+        (of("plain", whole, settings={}), "plain with context 20 and stride 4"),
+        (of("sliding", whole, settings={}, stride=20), "sliding with context 20 and stride 20"),
+        (of("sliding", whole), "settings .*, in sliding scoring"),
+        (of("chunk", whole), "0 trainings, settings: tokens 100: wanted 3"),
+        (of("phased", phased, settings={"phases": 0}), "settings: phases 0"),
+        (of("phased", [*phased[:1], ("train", 0, 210, 0, 1), *phased[2:]], settings={"phases": 1}), "wanted rows"),
+        (of("document", whole), "score of 399, settings: tokens 100"),
+        (of("document", whole, stride=4), "stride 4, settings: tokens 100"),
+        (of("document", [("score", *part, 0) for part in parts]), "inside of a document, whose beginning trained noth"),
+    ):
+        with pytest.raises(LedgerError, match=message):
+            audit(*found, **(shards() if "inside" in message else {}))
 
 
 def edited(record: Path, edit: Callable[[dict[str, Any]], Any], sealed: bool = True) -> Path:
@@ -244,10 +285,13 @@ RECORD_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "nats": (lambda r: r["scores"]["chunk"].update(nats=1.0), "record: nats 1.0, the ledger has"),
     "tokens": (lambda r: r["scores"]["plain"].update(tokens=1), "record: tokens 1, the ledger has 399"),
     "form": (lambda r: r["scores"]["chunk"].update(form="plain"), "form chunk, the record says plain"),
+    "settings": (lambda r: r["scores"]["chunk"]["settings"].update(lr=9.0), "the record says {'lr': 9.0"),
+    "name": (lambda r: r["scores"].update(artifact_sliding=r["scores"].pop("chunk")), "by the name of artifact_slid"),
+    "another name": (lambda r: r["scores"].update(best=r["scores"].pop("plain")), "by the name of best"),
     "context": (lambda r: r["scores"]["plain"].update(context=8), "context 16, the record says 8"),
     "other ledger": (
         lambda r: r["scores"]["chunk"].update(ledger=r["scores"]["plain"]["ledger"]),
-        "header: form plain, the record says chunk",
+        'header: form "plain" by the name of chunk',
     ),
     "sha256 of the ledger": (lambda r: r["scores"]["chunk"]["ledger"].update(sha256="0"), "the record names 0"),
     "no ledger": (lambda r: r["scores"]["chunk"].pop("ledger"), "score 'chunk': no ledger"),
@@ -304,3 +348,94 @@ def test_fingerprints_tell_weights_apart() -> None:
         int(fingerprint(weights)),
         int(fingerprint([t + 1 for t in weights])),
     ]
+
+
+def test_scores_of_one_record_are_of_one_text_and_one_model(tmp_path: Path, scores: dict[str, Score]) -> None:
+    record = write_record(tmp_path, scores)
+    file = tmp_path / "score-phased.ledger.gz"  # the last one
+    kept, told_of = file.read_bytes(), record.read_text()
+    for name, value, message in (
+        ("shards", "0" * 64, "shards 000.*, another score of the record has"),
+        ("base", "0" * 16, "weights .*, which no line before it made"),
+        ("artifact", None, "of artifact None, not aaa"),
+    ):
+        header, lines = read(kept)
+        record.write_text(told_of)
+        relink(record, file, header | {name: value}, lines)
+        with pytest.raises(LedgerError, match=message):
+            audit_record(record)
+    record.write_text(told_of)
+    header, lines = read((tmp_path / "score-plain.ledger.gz").read_bytes())
+    lines[0][3] = header["base"] = "0" * 16
+    relink(record, tmp_path / "score-plain.ledger.gz", header, lines)
+    with pytest.raises(LedgerError, match=r"'chunk': header: base .*, another score of the record has 0000"):
+        audit_record(record)
+
+
+def relink(record: Path, file: Path, header: Any, lines: list[Any]) -> None:
+    """Put a ledger in the place of another, with the record's hash and seal made right."""
+    data = write(header, lines) if isinstance(header, dict) else gzip.compress(b"")
+    file.write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+
+    def edit(content: dict[str, Any]) -> None:
+        for entry in content["scores"].values():
+            if entry["ledger"]["file"] == file.name:
+                entry["ledger"]["sha256"] = digest
+
+    edited(record, edit)
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, "", "x", "\ud800", "a\0b", [], [1], {}, {"x": None}, [[]], -1, 0, 2**70, 10**15, 10**400, 0.5,
+    1e308, math.nan, math.inf, "a" * 64, "0" * 16, "plain",
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Of everything within a JSON value, itself left out."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in inner for place in ((*path, key), *places(item, (*path, key)))]
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> None:
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = new
+
+
+def test_whatever_stands_in_it_is_refused_or_proven_and_never_breaks(tmp_path: Path, scores: dict[str, Score]) -> None:
+    """Every entry of a record and of a ledger with a value of another kind: an audit says no; it does not fall over."""
+    choice = random.Random(0)
+    record = write_record(tmp_path, {name: scores[name] for name in ("plain", "chunk")})
+    kept = record.read_text()
+    refused = 0
+    for place in places(json.loads(kept)):
+        for value in choice.sample(VALUES, 8):
+            record.write_text(kept)
+            edited(record, lambda r: put(r, place, value))  # noqa: B023
+            try:
+                audit_record(record, **shards())
+            except LedgerError as error:
+                str(error).encode(errors="surrogatepass")
+                refused += 1
+    for text in ("", "[]", "null", "3", '{"scores": []}', "[" * 100_000, '{"seal": 1' + "0" * 5000 + "}"):
+        record.write_text(text)
+        with pytest.raises(LedgerError):
+            audit_record(record)
+    file = tmp_path / "score-chunk.ledger.gz"
+    header, lines = read(file.read_bytes())
+    lines = lines[:5] + lines[-2:]
+    for place in places([header, *lines[:3]]):
+        for value in choice.sample(VALUES, 6):
+            changed = json.loads(json.dumps([header, *lines]))
+            put(changed, place, value)
+            record.write_text(kept)
+            relink(record, file, changed[0], changed[1:])
+            with pytest.raises(LedgerError):
+                audit_record(record)
+            refused += 1
+    assert refused > 400
+    file.write_bytes(b"\x1f\x8b\x08\0\0\0\0\0\0\3" + bytes(range(200)))
+    with pytest.raises(LedgerError, match="not a ledger"):
+        read(file.read_bytes())

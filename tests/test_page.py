@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpt.ledger import seal
+from gpt.ledger import read, seal, write
 from gpt.page import COLOURS, bar, chart, histogram, page, ticks, write_page
 from gpt.record import RecordError
 from gpt.score import record_scores, score
@@ -34,6 +35,7 @@ def run(tmp_path: Path) -> Path:
     of = {"ema": None, "artifact": "a" * 64, "artifact_sliding": "a" * 64}
     scores = record_scores(tmp_path / "summary.json", made, text, of, False)
     summary: dict[str, Any] = {"seed": 1, "steps": 3, "seconds": 1.0, "calibration_seconds": 0.1, "scores": scores}
+    summary["leaking"] = False
     group = {"name": "qo_bank", "nbytes": 700}
     summary["artifact"] = {"sha256": "a" * 64, "nbytes": 1000, "code_nbytes": 300, "groups": [group]}
     lines = [
@@ -72,19 +74,32 @@ def test_page(run: Path) -> None:
 
 
 def test_page_shows_what_is_wrong(run: Path) -> None:
-    ledger = run / "summary-artifact.ledger.gz"
-    ledger.write_bytes(ledger.read_bytes()[:-9])
     summary = json.loads((run / "summary.json").read_text())
+    plain = summary["scores"]["artifact"] | {"leaking": False}
+    other = {"artifact_sha256": "b" * 64, "leaking": False, "scores": {"plain": plain}}
+    header, lines = read((run / plain["ledger"]["file"]).read_bytes())
+    ledger = run / "score-plain.ledger.gz"
+    ledger.write_bytes(write(header | {"artifact": "b" * 64}, lines))
+    plain["ledger"] = {"file": ledger.name, "sha256": hashlib.sha256(ledger.read_bytes()).hexdigest()}
+    (run / "score.json").write_text(json.dumps(seal(other)))
     summary["leaking"] = True
-    del summary["scores"]["ema"]["ledger"]
     (run / "summary.json").write_text(json.dumps(summary))
-    (run / "score.json").write_text(json.dumps({"artifact_sha256": "b", "scores": {"chunk": summary["scores"]["ema"]}}))
     html = page(run)
-    for text in ("REFUSED: not a ledger", "no ledger", "LEAKING", "score: chunk (another artifact)"):
+    for text in ("REFUSED", "the seal is not that of the record", "LEAKING", "score: plain (another artifact)"):
         assert text in html
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+    assert "score: plain (another artifact)" not in page(run)
+    # Whatever else lies in the folder.
+    for number, text in enumerate(("{", "[1]", "null", '{"scores": 3}', '{"scores": {"x": null}}', "[" * 100_000)):
+        (run / f"stray-{number}.json").write_text(text)
+    html = page(run)
+    assert [f"<td>stray-{number}</td>" in html for number in range(6)] == [False, False, False, True, True, False]
+    for text in ("{", "[1]", '{"11": 3}', '{"11": {"a": null}}', '{"11": {"a": 1}, "14": {"b": 0}}'):
+        (run / "parts.json").write_text(text)
+        assert "Parts of a step" in page(run)
     (run / "parts.json").unlink()
     assert "not measured" in page(run)
-    (run / "summary.json").unlink()
+    (run / "summary.json").write_text("[]")
     with pytest.raises(RecordError, match="no finished run"):
         page(run)
 

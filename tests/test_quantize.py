@@ -18,6 +18,7 @@ from gpt import artifact, pack
 from gpt.config import BOS, ROOT
 from gpt.data import open_shard, val_shards, write_shard
 from gpt.generate import Decoder, draw, generate, stream_text
+from gpt.ledger import seal
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
@@ -96,8 +97,17 @@ def test_test_time_training_is_audited(
     assert run("audit", tmp_path / "s.json", "--artifact", path, "--data-path", data) == 0
     printed = capsys.readouterr().out
     assert "chunk-tokens256: fair. 8 versions of the weights, 1,792 tokens trained some; 15 lines" in printed
-    assert run("audit", tmp_path / "s.json") == 0
-    assert "not compared" in capsys.readouterr().out
+    assert run("audit", tmp_path / "s.json") == 1
+    printed = capsys.readouterr().out
+    assert "not compared" in printed
+    assert "chunk-tokens256: NOT PROVEN, weights and shards not at hand. 8 versions" in printed
+    assert "fair" not in printed
+    assert run("audit", tmp_path / "s.json", "--artifact", path) == 1
+    assert "sliding: NOT PROVEN, shards not at hand." in capsys.readouterr().out
+    # A record that names its shards is compared with them.
+    (tmp_path / "s.json").write_text(json.dumps(seal(record | {"data_path": str(data)})))
+    assert run("audit", tmp_path / "s.json", "--artifact", path) == 0
+    assert f"shards    {data}: the ones that were scored" in capsys.readouterr().out
     other = tmp_path / "other"
     other.mkdir()
     write_shard(other / "fineweb_val_000000.bin", open_shard(val_shards(data)[0])[:1500])

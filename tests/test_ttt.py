@@ -227,7 +227,8 @@ def test_any_number_of_ranks(name: str, world_size: int) -> None:
         assert torch.allclose(result.log, alone.log, atol=2e-3)
         assert result.nats == found[0].nats
         header = {"ledger": 1, "artifact": None, "base": result.ledger.base, "leaking": False}
-        header |= {key: getattr(result, key) for key in ("form", "context", "stride", "nats", "tokens", "bytes")}
+        names = ("form", "context", "stride", "nats", "tokens", "bytes", "settings")
+        header |= {key: getattr(result, key) for key in names}
         ids = tokens.numpy().astype(np.uint16)
         lengths = text_of(tokens).lengths.numpy()
         audit(*read(write(header | {"shards": tokens_sha256(ids)}, result.ledger.lines)), tokens=ids, lengths=lengths)
