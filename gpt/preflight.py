@@ -1,8 +1,9 @@
 """What a reviewer checks first, without a GPU: imports, building, a forward pass, sizes, and probes of every form.
 
-A probe changes the tokens from some place on and scores again: no probability of a token before that place may move.
-The forms of scoring are probed as they are, with windows, chunks and documents small enough that the text has many
-borders of each.
+What the model says at a place has to be what it says where the row ends there and, where documents are masked, begins
+with the place's document. Around it a probe changes the tokens from some place on and scores again: no probability of a
+token before that place may move; nor, where the first of them alone is changed, the weights that score it. The forms of
+scoring are probed as they are, with windows, chunks and documents small enough that the text has many borders of each.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import math
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,40 +23,50 @@ from gpt.bundle import count_code
 from gpt.config import ARTIFACT_LIMIT, BOS, ROOT, Config
 from gpt.distributed import Ranks
 from gpt.model import GPT
-from gpt.score import ValidationText, score
+from gpt.score import Score, ValidationText, score
 from gpt.ttt import adapt, parse_form
 from kernels import select
 
 TOLERANCE = 2e-4  # nats: rounding, where another batch of documents changes the order of sums
 
 Logs = Callable[[Tensor], Tensor]  # (count,) tokens -> (count - 1,) nats of each target
+CONTEXT = 8  # of the probes: models are large, so the text is short
+COUNT = 3 * CONTEXT + 2  # tokens of their text; a row more than chunk and phased may train on
+BEGINS = (1, 10, 16, 21, 22)  # of its documents; it begins within one
+PLACES = (5, 11, 14, 20)  # in windows, chunks, pieces and documents
+# The first token behind one that trained: the end of a chunk, a phase, a piece.
+OWN = {"chunk": 2 * CONTEXT + 1, "phased": 2 * CONTEXT + 1, "document": BEGINS[1] + CONTEXT // 4 + 1}
 
 
 def scoring_forms(context: int, rank: int = 4) -> dict[str, str]:
-    """Every form of scoring with settings that suit a text of a few contexts; "" and a number are strides."""
+    """Every form of scoring with settings that suit a text of a few contexts; a number is a stride."""
     return {
         "plain": str(context),
         "sliding": str(context // 4),
-        "chunk": f"chunk,tokens={context * 3 // 2},rows=1,epochs=2,lr=0.05",
-        "document": f"document,tokens={context // 4},rank={rank},lr=0.05,documents=3",
+        "chunk": f"chunk,tokens={2 * context},rows=1,epochs=2,lr=0.05",
+        "document": f"document,tokens={context // 4},rank={rank},lr=0.02,documents=3",
         "phased": "phased,phases=3,documents=6,rows=1,lr=0.05",
     }
 
 
-def logs(model: GPT, depth: Sequence[int], form: str, context: int, ranks: Ranks) -> Logs:
+def scorer(model: GPT, depth: Sequence[int], form: str, context: int, ranks: Ranks) -> Callable[[Tensor], Score]:
     """A function that scores tokens in one of these forms."""
 
-    def log_of(tokens: Tensor) -> Tensor:
+    def score_of(tokens: Tensor) -> Score:
         text = ValidationText(tokens.int(), torch.ones(tokens.numel() - 1, dtype=torch.int16))
-        stride = int(form) if form.isdigit() else context // 4
+        batch = 8 * context
         if form.isdigit():
-            made = score(model, text, depth, ranks, context=context, stride=stride, batch_tokens=2 * context)
-        else:
-            form_of = parse_form(form)
-            made = adapt(model, text, depth, ranks, form_of, context=context, stride=stride, batch_tokens=2 * context)
-        return made.log
+            return score(model, text, depth, ranks, context=context, stride=int(form), batch_tokens=batch)
+        settings = parse_form(form)
+        return adapt(model, text, depth, ranks, settings, context=context, stride=context // 4, batch_tokens=batch)
 
-    return log_of
+    return score_of
+
+
+def logs(model: GPT, depth: Sequence[int], form: str, context: int, ranks: Ranks) -> Logs:
+    """The same, of which nats alone are wanted."""
+    score_of = scorer(model, depth, form, context, ranks)
+    return lambda tokens: score_of(tokens).log
 
 
 def text_with_documents(count: int, vocab_size: int, generator: torch.Generator) -> Tensor:
@@ -87,12 +98,46 @@ def future_moves_past(log_of: Logs, tokens: Tensor, places: Sequence[int], vocab
     return past, future
 
 
-def past_moves_document(log_of: Logs, tokens: Tensor) -> float:
-    """Largest change of any token's nats behind the last BOS when all before that are others."""
-    last = int((tokens == BOS).nonzero()[-1])
+def own_token_moves_weights(score_of: Callable[[Tensor], Score], tokens: Tensor, place: int) -> bool:
+    """Whether the weights that score the token at a place, no BOS, are others where that token is another."""
+
+    def weights(tokens: Tensor) -> str:
+        lines = score_of(tokens).ledger.lines
+        return next(str(line[3]) for line in lines if line[0] == "score" and line[1] < place <= line[2])
+
     other = tokens.clone()
-    other[1:last] = other[1:last].flip(0)
-    return float((log_of(other) - log_of(tokens))[last:].abs().max())
+    other[place] = 4 if tokens[place] != 4 else 5
+    return weights(other) != weights(tokens)
+
+
+def past_moves_document(log_of: Logs, tokens: Tensor) -> float:
+    """Largest change of any token's nats behind a BOS when all before that, but for other BOS, are others."""
+    before, worst = log_of(tokens), 0.0
+    for start in (tokens == BOS).nonzero().flatten().tolist():
+        other = tokens.clone()
+        other[:start] = torch.where(tokens[:start] == BOS, BOS, tokens[:start].flip(0).clamp_min(4))
+        if not torch.equal(other, tokens):
+            worst = max(worst, float((log_of(other) - before)[start:].abs().max()))
+    return worst
+
+
+def rows_differ(
+    losses: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, places: Collection[int], mask: bool
+) -> float:
+    """Largest difference, in nats, between what a place says in a row, in a row whose end alone is wanted, and alone.
+
+    losses: of (1, T) tokens and (1, N) targets, those of the last N places. Alone: in a row that ends there and, where
+    documents are masked, begins with the place's.
+    """
+    row, targets = tokens[None, :-1], tokens[None, 1:]
+    first, worst = min(places), 0.0
+    found = losses(row, targets)[0, first:], losses(row, targets[:, first:].contiguous())[0]
+    begins = (tokens == BOS).nonzero().flatten().tolist() if mask else []
+    for place in places:
+        begin = max((begin for begin in begins if begin <= place), default=0)
+        alone = losses(row[:, begin : place + 1].contiguous(), targets[:, place : place + 1].contiguous())[0, -1]
+        worst = max(worst, *(float((one[place - first] - alone).abs()) for one in found))
+    return worst
 
 
 def probability_sum(log_of: Logs, tokens: Tensor, vocab_size: int) -> float:
@@ -176,26 +221,46 @@ def checks(config: Config, artifact: Artifact | None, ranks: Ranks) -> Iterator[
         return _want(abs(total - 1) < 1e-4, f"probabilities sum to {total:.7f}")
 
     yield "distribution", normalised
-    context = 8  # the model is large, so the text is short: three windows, two chunks, a few documents
-    for name, form in scoring_forms(context).items():
+    # Built by then: each is asked for after the check before it has run.
+    yield from probes(built[0], depth, ranks) if built else ()
 
-        def causal(form: str = form) -> str:
-            tokens = text_with_documents(3 * context, vocab_size, generator)
-            tokens[0] = 4  # a text may begin within a document
-            log_of = logs(built[0], depth, form, context, ranks)
-            past, future = future_moves_past(log_of, tokens, [2 * context + 1], vocab_size)
+
+def probes(model: GPT, depth: Sequence[int], ranks: Ranks) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Checks that nothing is known too early, by name; as `checks`."""
+    vocab_size, masked = model.config.vocab_size, model.config.document_mask
+    tokens = torch.randint(4, vocab_size, (COUNT,), generator=torch.Generator().manual_seed(0))
+    tokens[list(BEGINS)] = BOS
+
+    @torch.no_grad()
+    def rows() -> str:
+        def losses(row: Tensor, targets: Tensor) -> Tensor:
+            return model.losses(row, targets, depth, model.rotary(row.size(1)))
+
+        differ = rows_differ(losses, tokens, {*range(5, COUNT - 1, 3), *BEGINS}, masked)
+        return _want(differ < TOLERANCE, f"places of a row cut there, before or behind, differ by {differ:.1e} nats")
+
+    yield "causal: rows", rows
+    for name, form in scoring_forms(CONTEXT).items():
+        # Who learns too early does so at any depth, and two layers are soon trained.
+        score_of = scorer(model, (depth[0], depth[-1]) if name in OWN else depth, form, CONTEXT, ranks)
+
+        def causal(name: str = name, score_of: Callable[[Tensor], Score] = score_of) -> str:
+            past, future = future_moves_past(lambda tokens: score_of(tokens).log, tokens, PLACES, vocab_size)
             _want(future > 10 * TOLERANCE, f"later tokens changed and only {future:.1e} nats moved")
-            return _want(past < TOLERANCE, f"other tokens from a place on moved those before it by {past:.1e} nats")
+            _want(past < TOLERANCE, f"other tokens from a place on moved those before it by {past:.1e} nats")
+            if place := OWN.get(name):
+                own = own_token_moves_weights(score_of, tokens, place)
+                _want(not own, f"the weights that score token {place} had seen it")
+            return f"other tokens from one of {len(PLACES)} places on moved those before it by {past:.1e} nats"
 
         yield f"causal: {name}", causal
-    if config.document_mask:
+    for name in ("plain", "sliding", "document") if masked else ():
 
-        def clean() -> str:
-            tokens = text_with_documents(4 * context, vocab_size, generator)
-            moved = past_moves_document(logs(built[0], depth, str(context // 4), context, ranks), tokens)
+        def clean(name: str = name) -> str:
+            moved = past_moves_document(logs(model, depth, scoring_forms(CONTEXT)[name], CONTEXT, ranks), tokens)
             return _want(moved < TOLERANCE, f"the text before a BOS moved what follows by {moved:.1e} nats")
 
-        yield "BOS is clean", clean
+        yield f"BOS: {name}", clean
 
 
 def preflight(config: Config, artifact: Artifact | None, ranks: Ranks) -> bool:

@@ -119,7 +119,7 @@ def test_preflight(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) 
     assert run("preflight", made[0]) == 0
     printed = capsys.readouterr().out
     assert "all checks passed" in printed
-    for name in ("imports", "size", "not leaking", "builds", "forward", "distribution", "BOS is clean"):
+    for name in ("imports", "size", "not leaking", "builds", "forward", "distribution", "causal: rows", "BOS: sliding"):
         assert f"ok      {name}" in printed
     for form in ("plain", "sliding", "chunk", "document", "phased"):
         assert f"ok      causal: {form}" in printed

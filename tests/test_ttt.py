@@ -46,8 +46,8 @@ def test_later_tokens_move_nothing_before_them(name: str, document_mask: bool) -
     tokens = preflight.text_with_documents(90, VOCAB, torch.Generator().manual_seed(3))
     log_of = preflight.logs(model, depth, FORMS[name], CONTEXT, ALONE)
     starts = (tokens == BOS).nonzero().flatten().tolist()
-    # Before, on and behind borders of windows (16, 20), chunks (24, 48) and documents.
-    near = {b + d for b in (16, 20, 48) for d in (0, 1)} | {24, *(start + 1 for start in starts), *starts[2:4]}
+    # Before, on and behind borders of windows (16, 20), chunks (32, 64) and documents.
+    near = {b + d for b in (16, 20, 64) for d in (0, 1)} | {32, *(start + 1 for start in starts), *starts[2:4]}
     past, future = preflight.future_moves_past(log_of, tokens, sorted(b for b in near if 1 <= b < 90), VOCAB)
     assert past < preflight.TOLERANCE
     assert future > 0.01
