@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt import bundle
+from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT
 from gpt.submission import (
     COMPLIANCE,
@@ -43,6 +43,9 @@ OWN_TO_A_SEED = re.compile(
 PRE_QUANT_TTT = re.compile(
     r"^.*(?:pre[-_ ]?quant[-_ ]?ttt|ttt_adamw|ttt_adapt)\S*.*(?:epoch|loss|val_bpb)\D*\d.*$", re.I | re.M
 )
+# The same as a setting, and a score behind it, which is fair where the setting says that training rows were held out.
+ON_VALIDATION = re.compile(r"(?:^\s*pre_quant[:=] ?|\bPRE_QUANT=|--pre[-_]quant[ =])['\"]?validation\b", re.M)
+FINE_TUNED = re.compile(r"^\S*pre[-_]?quant(?![a-z])\S* val_(?:loss|bpb)\b.*$", re.I | re.M)
 
 
 @dataclass(frozen=True)
@@ -483,13 +486,32 @@ def _leaks(found: Review, folder: Folder) -> None:
     stamped = [name for name, part in parts.items() if leaking(part)]
     stamped += [log.name for log in folder.logs.values() if leaking(log.text)]
     found.row("leak stamps", not stamped, ", ".join(stamped) or "none", "none", owned)
-    trained = [
-        f"{log.name}: {match[0].strip()[:60]}"
-        for log in folder.logs.values()
-        if (match := PRE_QUANT_TTT.search(log.text))
-    ]
+    texts = {log.name: log.text + log.others for log in folder.logs.values()}
+    trained = [f"{name}: {line.strip()[:60]}" for name, text in texts.items() if (line := _trained_before(text))]
+    settings = folder.about.get("settings")
+    chosen = (
+        {str(name).lower(): plain(str(value)) for name, value in settings.items()} if isinstance(settings, dict) else {}
+    )
+    if chosen.get("pre_quant") == "validation":
+        trained.append("submission.json: pre_quant validation")
+    if match := ON_VALIDATION.search(folder.readme):
+        trained.append(f"README.md: {match[0].strip()}")
+    for path in models(folder.path):
+        try:
+            if path.suffix == ".pga" and artifact.load(path).config.leaking:
+                trained.append(f"{path.name}: pre_quant validation")
+        except (artifact.ArtifactError, OSError):
+            continue  # one of another program's
     said = "; ".join(trained) or "none seen in the logs"
     found.row("training before scoring", not trained, said, "no test-time training before quantisation", owned)
+
+
+def _trained_before(text: str) -> str | None:
+    """The line of a log that says that the model was trained on validation before it was quantised and scored."""
+    if match := ON_VALIDATION.search(text) or PRE_QUANT_TTT.search(text):
+        return match[0]
+    match = FINE_TUNED.search(text)
+    return match[0] if match and not re.search(r"^\s*pre_quant: ?train\s*$", text, re.M) else None
 
 
 def _declared(found: Review, folder: Folder) -> None:

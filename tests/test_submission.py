@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import quantize
-from gpt import bundle, review, submission
+from gpt import artifact, bundle, review, submission
 from gpt.config import ROOT, load_config
 from gpt.data import open_shard, write_shard
 from gpt.folder import seed_log, settings, submission_json
@@ -158,6 +158,14 @@ def same_scores(folder: Path) -> None:
     second.write_text("\n".join(lines) + "\n")
 
 
+def leaking_artifact(folder: Path) -> None:
+    """One whose own configuration says so, whatever the texts beside it do."""
+    path = folder / "model_seed7.pga"
+    found = artifact.load(path)
+    config = found.config.model_copy(update={"pre_quant": "validation", "allow_leak": True})
+    artifact.save(path, artifact.serialise(config, found.depth, found.header.tokenizer_sha256, found.tensors))
+
+
 @pytest.mark.parametrize(
     ("doctor", "failing"),
     [
@@ -202,6 +210,14 @@ def same_scores(folder: Path) -> None:
             edited("train_seed7.log", "Code size", "ttt_adamw:epoch 1/2 loss:1.2\nCode size"),
             {"training before scoring"},
         ),
+        (edited("train_seed7.log", "  pre_quant: none", "  pre_quant: validation"), {"training before scoring"}),
+        (
+            edited("train_seed42.log", "Code size", "ema_pre_quant val_loss:1.2 val_bpb:0.9\nCode size"),
+            {"training before scoring"},
+        ),
+        (edited("README.md", "PRESET=", "PRE_QUANT=validation PRESET="), {"training before scoring"}),
+        (edited("submission.json", '"PRESET"', '"PRE_QUANT": "validation", "PRESET"'), {"training before scoring"}),
+        (leaking_artifact, {"training before scoring"}),
         (edited("train_seed7.log", "code_sha256: .", "code_sha256: x"), {"code of the runs"}),
         (edited("submission.json", '"no_slot": true', '"no_slot": false'), {"compliance"}),
         (edited("submission.json", r'\[\s+"non-canonical"\s+\]', '["non-canonical", "leaking"]'), {"declared"}),
@@ -216,6 +232,16 @@ def test_the_check_sees(doctor: Callable[[Path], None], failing: set[str], hande
     assert found.failed
     assert failing <= {row.name for row in found.rows if row.verdict == "FAIL"}
     assert all(row.name in found.table() for row in found.rows)
+
+
+def test_fine_tuning_on_held_out_rows_is_no_leak(handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "held-out"
+    shutil.copytree(handed_in, folder)
+    for log in folder.glob("*.log"):
+        edited(log.name, "pre_quant: none", "pre_quant: train")(folder)
+        edited(log.name, "Code size", "ema_pre_quant val_loss:1.2 val_bpb:0.9\nCode size")(folder)
+    found = {row.name: row.verdict for row in review.review(folder).rows}
+    assert found["training before scoring"] == "ok"
 
 
 def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
