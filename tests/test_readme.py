@@ -70,6 +70,14 @@ def test_steps_are_the_data() -> None:
         "optimizer, one rank's share of eight": both(optimizer, "optimizer_step", "rank-of-8", "ms", 2),
     }.items():
         assert figures in lines[name]
+    gram = {key: f"{row['ms']:.2f}" for key, row in table("optimizer-gram-h100.json").items()}
+    all_banks, share = (
+        [gram["newton_schulz", case, name] for name in ("gram-newton-schulz", "triton")]
+        for case in ("all-banks", "rank-of-8")
+    )
+    text = README.replace("\n", " ")
+    assert f"kernels takes {all_banks[0]} ms in a run where ours takes {all_banks[1]}, one rank's share" in text
+    assert f"one rank's share {share[0]} and {share[1]} (" in text
 
 
 def test_ops_are_the_data() -> None:
@@ -120,9 +128,9 @@ def test_several_gpus_are_the_data() -> None:
     }.items():
         assert [cell.strip() for cell in lines[name]] == figures
     text = README.replace("\n", " ")
-    _, again, two = (row for row in found if row["op"] == "loss_curve")
+    _, again, two = rows("scaling-curve-h100.json")["rows"]
     assert f"at most {two['worst_difference']:.4f}, means of 25 steps by {two['worst_mean_difference']:.4f};" in text
-    assert f"again, by {again['worst_difference']:.4f} and {again['worst_mean_difference']:.4f}." in text
+    assert f"again, by {again['worst_difference']:.4f} and {again['worst_mean_difference']:.4f} (" in text
 
     alone = (round(steps[0]["ms"], 1), round(steps[1]["ms"], 1))
     assert f"--predict {alone[0]} {alone[1]}`" in text
@@ -131,6 +139,38 @@ def test_several_gpus_are_the_data() -> None:
     assert f"take {eight.ms[0]:.1f} and {eight.ms[1]:.1f} ms for the seed's" in text
     assert f"{eight.steps:,} steps in 600 s" in text
     assert f"each GPU {sixteen.ms[0]:.1f} and {sixteen.ms[1]:.1f} ms, {sixteen.steps:,} steps." in text
+
+
+def test_fp8_is_the_data() -> None:
+    text = README.replace("\n", " ")
+    step = {(row["case"], row["impl"]): row["ms"] for row in rows("step-fp8-h100.json")["rows"]}
+    assert f"14 layers {step['14-layers', 'triton-fp8']:.1f} ms beside {step['14-layers', 'triton']:.1f} in one" in text
+    bf16, fp8 = rows("convergence-fp8-h100.json")["rows"]
+    assert f"have {fp8['bpb']:.4f} BPB, without it {bf16['bpb']:.4f};" in text
+    last = (np.array(fp8["losses"]) - np.array(bf16["losses"]))[-25:].mean()
+    assert f"losses are {last:.4f} higher" in text
+
+
+def test_scores_are_the_data() -> None:
+    def table(name: str) -> list[dict[str, Any]]:
+        return [row for row in rows(name)["rows"] if row["op"] != "judged"]
+
+    found, text = table("scoring-h100.json"), README.replace("\n", " ")
+    sliding = next(row for row in found if row["op"] == "sliding_score")
+    chunk, beside = (row for row in found if row["op"] == "ttt_chunk" and row["impl"] == "triton")
+    assert f"2,543,579 tokens takes {sliding['ms'] / 1e3:.1f} s," in text
+    assert f"`chunk` gains {chunk['gain_bpb']:.4f} BPB over it on the first 524,288 tokens" in text
+    assert f"is {beside['times_as_fast_as_plain']} times as fast" in text
+    assert f"take {chunk['projection']['seconds']:.0f} s for all" in text
+    best = max(row["gain_bpb"] for row in table("scoring-sweep-h100.json") if row["op"].startswith("ttt_document"))
+    assert f"`document` gained {best:.4f} on" in text
+
+
+def test_packed_is_the_data() -> None:
+    found, text = rows("packed-h100.json")["rows"], README.replace("\n", " ")
+    ours, dense, eager = (f"{1e3 / row['ms']:,.0f}" for row in found if row["op"] == "sample")
+    assert f"writes {ours} tokens a second, {dense} with bf16 weights" in text
+    assert f"same CUDA graph, {eager} without" in text
 
 
 def test_starts_are_the_data() -> None:
