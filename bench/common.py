@@ -69,7 +69,8 @@ def peer(name: str) -> Iterator[None]:
 
 def relative_errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:  # one a pair, float64
     """Relative Frobenius errors, kept in a tensor: its max() is NaN where one of them is, Python's drops it."""
-    each = [(a.double() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+    pairs = ((a.double(), b.double()) for a, b in zip(found, exact, strict=True))
+    each = [(a - b).norm() / b.norm() for a, b in pairs]
     return torch.stack(each).cpu()
 
 

@@ -9,7 +9,8 @@ and then timed, forward and backward apart, in one process, as CUDA graphs (`gra
 captured, the host's launches may be timed too), one implementation after the other and round again, the L2 cache
 emptied before each; medians. Peers: `compiled` is torch.compile of the reference with mix-order reduction off;
 `cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa` compute attention with their own kernel and XSA with torch.compile;
-`liger` and `quack`. A peer that is not installed, raises or gives wrong values is left out with a word; ours ends the
+`liger` and `quack`; `eager`, the reference as it stands; and for what bench.optimizer and bench.packed time in their
+own ways, theirs. A peer that is not installed, raises or gives wrong values is left out with a word; ours ends the
 run. `triton-packed` is what the model calls: q, k and v are heads of one tensor, and so are their gradients.
 `triton-fp8` is checked against a specification of its own. `reference_error` is the error of the framework's own op:
 cuDNN's, FlexAttention's for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
@@ -32,18 +33,35 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from bench import optimizer, packed
 from bench.common import ceilings, document_starts, draw_panels, peer, read_tokens, relative_errors, write_result
-from kernels import attention, attention_input, cross_entropy, embedding, matmul, mlp, reference, residual, rotary
+from kernels import (
+    attention,
+    attention_input,
+    cached_attention,
+    cross_entropy,
+    embedding,
+    gptq,
+    int6,
+    matmul,
+    mlp,
+    reference,
+    residual,
+    rotary,
+)
+from kernels import optimizer as updates
 
 # The backward of one graph is timed again and again: it may not use up what the forward saved.
 torch._functorch.config.donated_buffer = False
 
 Function = Callable[..., Any]
 
+DEVICE = torch.device("cuda")
+HALF = torch.bfloat16
 ROWS, LENGTH = 48, 2048
 ROUNDS = 40
 LIMIT = 3e-2  # of a relative error: wrong values are not timed
-FRAMEWORK = ("cudnn+xsa", "flex+xsa", "compiled")  # the first of these is the framework's own op of a case
+FRAMEWORK = ("cudnn+xsa", "flex+xsa", "compiled", "cublas")  # the first of these is the framework's own op of a case
 # batch, length, query heads, KV heads, head dimension; `documents` has those of real rows
 ATTENTION = {
     "seed": (48, 2048, 8, 4, 64),
@@ -60,14 +78,16 @@ ATTENTION = {
 class Workload:
     """One op at one size: the same inputs for every implementation. It returns a tensor or a tuple of tensors."""
 
-    inputs: tuple[Tensor, ...]  # those that require a gradient come first
+    inputs: tuple[Tensor, ...]  # those that require a gradient come first; where none does, there is no backward
     exact: Function  # the specification; called with float64 inputs
     implementations: dict[str, Function]  # `triton` is ours
     work: tuple[float, float]  # forward and backward: FLOPs where `unit` is "tflops", else bytes
     unit: str = "tflops"
     backward_apart: bool = True  # False: only forward and backward together are a row
     # Rows of the batch, and last positions of each, on which `exact` is computed; None: a small batch stands for this.
-    checked: tuple[int, int] | None = None
+    checked: tuple[int | None, int] | None = None
+    in_place: bool = False  # changes its inputs
+    own_graphs: frozenset[str] = frozenset()  # implementations that launch CUDA graphs: none of ours may hold these
     # Implementations that take the inputs, one behind the other along the heads, as one tensor (B, T, heads, D).
     packed: dict[str, Tensor] = field(default_factory=dict)
     # The specification of implementations that are of other arithmetic.
@@ -77,12 +97,15 @@ class Workload:
         return (self.packed[name],) if name in self.packed else self.inputs
 
 
+ALL = None, 0  # `checked`, as it is
+
+
 def compiled(function: Function) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, gradient: bool = True) -> Tensor:
-    x = torch.randn(shape, device="cuda") * scale
+    x = torch.randn(shape, device=DEVICE) * scale
     return x.to(dtype).requires_grad_(gradient)
 
 
@@ -94,8 +117,8 @@ def attention_workload(case: str, small: bool, tokens: Tensor | None) -> Workloa
     sizes = [n * dim for n in (heads, kv_heads, kv_heads)]
     q, k, v = (x.unflatten(-1, (-1, dim)).detach().requires_grad_() for x in packed.split(sizes, -1))
     qkv = packed.unflatten(-1, (-1, dim)).detach().requires_grad_()
-    position = torch.arange(length, device="cuda")
-    starts = torch.zeros(batch, length, dtype=torch.int32, device="cuda")
+    position = torch.arange(length, device=DEVICE)
+    starts = torch.zeros(batch, length, dtype=torch.int32, device=DEVICE)
     documents = case == "documents"
     if documents:
         if tokens is None:
@@ -137,7 +160,7 @@ def attention_workload(case: str, small: bool, tokens: Tensor | None) -> Workloa
         return (key <= query) & (key >= starts[b, query]) if documents else key <= query
 
     with peer("flex+xsa"):
-        blocks = create_block_mask(visible, batch if documents else None, None, length, length, device="cuda")
+        blocks = create_block_mask(visible, batch if documents else None, None, length, length, device=DEVICE)
         flex = compiled(flex_attention)
         peers["flex+xsa"] = swapped(lambda q, k, v: flex(q, k, v, block_mask=blocks, enable_gqa=True))
     given = starts if documents else None
@@ -169,7 +192,7 @@ def flash_attention_4(starts: Tensor | None) -> Function:
     from flash_attn.cute import flash_attn_varlen_func
 
     batch, length = starts.shape
-    first = (torch.arange(length, device="cuda") == starts).flatten().nonzero().flatten()
+    first = (torch.arange(length, device=DEVICE) == starts).flatten().nonzero().flatten()
     bounds = F.pad(first, (0, 1), value=batch * length).int()
     longest = int(bounds.diff().max())
 
@@ -225,7 +248,7 @@ def attention_input_workload(case: str, small: bool, tokens: Tensor | None) -> W
     x, x0, skip = stream(small), stream(small), stream(small)
     mix, skip_weight, skip_gate = (random(*shape, dtype=torch.float32) for shape in ((2, 512), (512,), (512,)))
     weight, gain = random(1024, 512, scale=512**-0.5), random(8, dtype=torch.float32)
-    cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, "cuda")
+    cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, DEVICE)
 
     def call(op: Function) -> Function:
         def run(x: Tensor, x0: Tensor, mix: Tensor, weight: Tensor, gain: Tensor, *skip: Tensor) -> Any:
@@ -278,7 +301,7 @@ def residual_mix_workload(case: str, small: bool, tokens: Tensor | None) -> Work
 def qk_norm_rotary_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
     q, k = (stream(small, heads * 64).detach().unflatten(-1, (heads, 64)).requires_grad_() for heads in (8, 4))
     gain = random(8, dtype=torch.float32)
-    cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, "cuda")
+    cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, DEVICE)
     implementations: dict[str, Function] = {
         "triton": lambda q, k, gain: rotary.qk_norm_rotary(q, k, gain, cos, sin),
         "compiled": compiled(lambda q, k, gain: reference.qk_norm_rotary(q, k, gain, cos, sin)),
@@ -296,8 +319,8 @@ def qk_norm_rotary_workload(case: str, small: bool, tokens: Tensor | None) -> Wo
 def embed_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
     rows = 2 if small else ROWS
     # Frequencies like text's: the gradient sums over the tokens of a kind.
-    frequency = 1.0 / torch.arange(1.0, 8193.0, device="cuda")
-    seeded = torch.Generator("cuda").manual_seed(0)
+    frequency = 1.0 / torch.arange(1.0, 8193.0, device=DEVICE)
+    seeded = torch.Generator(DEVICE).manual_seed(0)
     ids = torch.multinomial(frequency, rows * LENGTH, replacement=True, generator=seeded).view(rows, LENGTH)
     weight, gate = random(8192, 512, dtype=torch.float32), random(512, dtype=torch.float32)
     call = {
@@ -315,26 +338,233 @@ def embed_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
 
 
 def linear_cross_entropy_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
-    x, weight = stream(small), random(8192, 512, scale=0.1)
-    targets = torch.randint(8192, x.shape[:2], device="cuda")
+    """Loss and gradients; `none`: the loss of every token, without."""
+    reduction, learns = ("none", False) if case == "none" else ("mean", True)
+    x, weight = stream(small, gradient=learns), random(8192, 512, scale=0.1, gradient=learns)
+    targets = torch.randint(8192, x.shape[:2], device=DEVICE)
     implementations: dict[str, Function] = {
-        "triton": lambda x, weight: cross_entropy.linear_cross_entropy(x, weight, targets, 30.0),
-        "compiled": compiled(lambda x, weight: reference.linear_cross_entropy(x, weight, targets, 30.0)),
+        "triton": lambda x, weight: cross_entropy.linear_cross_entropy(x, weight, targets, 30.0, reduction),
+        "compiled": compiled(lambda x, weight: reference.linear_cross_entropy(x, weight, targets, 30.0, reduction)),
     }
     with peer("liger"):
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as liger
 
         implementations["liger"] = lambda x, weight: liger.apply(
-            x.flatten(0, 1), weight, targets.flatten(), None, None, -100, 0.0, 0.0, "mean", 30.0
-        )[0]
+            x.flatten(0, 1), weight, targets.flatten(), None, None, -100, 0.0, 0.0, reduction, 30.0
+        )[0].view(targets.shape if case == "none" else ())
     flops = 2.0 * x.numel() * 8192
     return Workload(
         (x, weight),
-        lambda x, weight: reference.linear_cross_entropy(x, weight, targets, 30.0),
+        lambda x, weight: reference.linear_cross_entropy(x, weight, targets, 30.0, reduction),
         implementations,
-        (flops, 2 * flops),
+        (flops, 2 * flops if learns else 0.0),
         backward_apart=False,
     )
+
+
+# ------------------------------------------------------------------------------------------------------ optimizer
+BETAS, EPS, EMA, MU = (0.9, 0.95), 1e-8, 0.9, 0.95  # an EMA that moves: its errors show
+
+
+def newton_schulz_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """All banks of the seed's model."""
+    shapes = [tuple(bank.parameter.shape) for bank in optimizer.seed_optimizer().banks]
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    flat = random(sum(sizes), dtype=HALF, gradient=False).split(sizes)
+    return Workload(
+        tuple(part.view(shape) for part, shape in zip(flat, shapes, strict=True)),
+        lambda *banks: tuple(reference.newton_schulz(banks, optimizer.COEFFICIENTS)),
+        {name: (lambda *banks, f=f: tuple(f(banks))) for name, f in optimizer.newton_schulz_peers().items()},
+        (optimizer.newton_schulz_flops(shapes), 0.0),
+        checked=ALL,
+        own_graphs=frozenset({"gram-newton-schulz"}),
+    )
+
+
+def both(call: Function) -> dict[str, Function]:
+    """The reference as it stands and compiled; call: an op -> what it is to run."""
+    return {"eager": call, "compiled": compiled(call)}
+
+
+def muon_momentum_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """All banks, float32 gradients; u and the momenta are what is compared."""
+    shapes = [bank.parameter.shape for bank in optimizer.seed_optimizer().banks]
+    inputs = [random(*shape, dtype=torch.float32, gradient=False) for shape in (*shapes, *shapes)]
+    clip, row_norm = torch.tensor(0.7, device=DEVICE), optimizer.CONFIG.muon_row_norm
+
+    def call(op: Function, dtype: torch.dtype) -> Function:
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            gradients, momenta = tensors[: len(shapes)], tensors[len(shapes) :]
+            return *op(gradients, momenta, clip, MU, row_norm, dtype), *momenta
+
+        return run
+
+    return Workload(
+        tuple(inputs),
+        call(reference.muon_momentum, torch.float64),
+        {"triton": call(updates.muon_momentum, HALF), **both(call(reference.muon_momentum, HALF))},
+        # Gradient and momentum read, momentum and u written.
+        (14.0 * sum(shape.numel() for shape in shapes), 0.0),
+        unit="gb_s", checked=ALL, in_place=True,
+    )  # fmt: skip
+
+
+def muon_update_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """All banks and their EMA, updates in the model's dtype; rates so large that errors of the change show."""
+    banks = optimizer.seed_optimizer().banks
+    shapes, scales = [bank.parameter.shape for bank in banks], [bank.update_scale for bank in banks]
+    inputs = [
+        random(*shape, dtype=dtype, gradient=False)
+        for dtype in (torch.float32, HALF, torch.float32)
+        for shape in shapes
+    ]
+
+    def call(op: Function) -> Function:
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            parameters, changes, emas = (tensors[i : i + len(shapes)] for i in range(0, 3 * len(shapes), len(shapes)))
+            op(parameters, changes, emas, 0.5, 0.1, scales, EMA)
+            return *parameters, *emas
+
+        return run
+
+    return Workload(
+        tuple(inputs),
+        call(reference.muon_update),
+        {"triton": call(updates.muon_update), **both(call(reference.muon_update))},
+        (18.0 * sum(shape.numel() for shape in shapes), 0.0),  # p, e read and written, u read
+        unit="gb_s", checked=ALL, in_place=True,
+    )  # fmt: skip
+
+
+def adamw_update_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """All that Muon does not train; `torch-fused` is the framework's fused AdamW, a call a rate, and a foreach EMA."""
+    trained = optimizer.seed_optimizer()
+    shapes = [p.shape for p in trained.rest]
+    sizes, step, clip = [shape.numel() for shape in shapes], 3, torch.tensor(0.7, device=DEVICE)
+    lrs, decays = [0.5 + lr for lr in trained.peak_lrs], trained.weight_decays
+    parameters = [random(*shape, dtype=torch.float32, gradient=False) for shape in shapes]
+    gradient, average, square, ema = (random(sum(sizes), dtype=torch.float32, gradient=False) for _ in range(4))
+    steps = [torch.tensor(float(step), device=DEVICE) for _ in shapes]
+    groups: dict[tuple[float, float], list[int]] = {}
+    for i, settings in enumerate(zip(lrs, decays, strict=True)):
+        groups.setdefault(settings, []).append(i)
+
+    def call(op: Function) -> Function:
+        def run(gradient: Tensor, average: Tensor, square: Tensor, ema: Tensor, *parameters: Tensor) -> Any:
+            op(parameters, gradient, average, square, ema, clip, lrs, decays, BETAS, EPS, step, EMA)
+            return *parameters, average, square, ema
+
+        return run
+
+    def fused(parameters: Sequence[Tensor], *flat: Any) -> None:
+        gradient, *state = flat[:4]
+        gradients, averages, squares, emas = (
+            [part.view(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)]
+            for x in (gradient * clip, *state)
+        )
+        for (lr, decay), members in groups.items():
+            p, g, m, v, at = ([x[i] for i in members] for x in (parameters, gradients, averages, squares, steps))
+            torch._fused_adamw_(
+                p, g, m, v, [], at, lr=lr, beta1=BETAS[0], beta2=BETAS[1], weight_decay=decay, eps=EPS, amsgrad=False,
+                maximize=False,
+            )  # fmt: skip
+        torch._foreach_lerp_(emas, [*parameters], 1.0 - EMA)
+
+    return Workload(
+        (gradient, average, square.abs_(), ema, *parameters),
+        call(reference.adamw_update),
+        {"triton": call(updates.adamw_update), "torch-fused": call(fused), **both(call(reference.adamw_update))},
+        (36.0 * sum(sizes), 0.0),  # p, m, v, e read and written, g read
+        unit="gb_s", checked=ALL, in_place=True,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- quantising, and packed weights
+def gptq_block_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """128 columns of the matrices of the seed's q and o, 62 clips a row; codes and errors are what is compared."""
+    count, width, rows = 22, gptq.WIDTH, 512
+    w = random(count, width, rows, dtype=torch.float32, gradient=False)
+    upper = random(count, width, width, scale=0.02, dtype=torch.float32, gradient=False).triu(1)
+    upper += torch.eye(width, device=DEVICE)
+    scales = torch.full((count, rows), 12.85 / 31, device=DEVICE)
+
+    def call(op: Function) -> Function:
+        def run(w: Tensor, upper: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+            codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+            return op(w, upper, scales, codes, 31), codes
+
+        return run
+
+    return Workload(
+        (w, upper, scales),
+        call(reference.gptq_block),
+        # Compiled, its loop over columns is a graph of minutes.
+        {"triton": call(gptq.gptq_block), "eager": call(reference.gptq_block)},
+        (9.0 * w.numel(), 0.0),
+        unit="gb_s",
+        checked=ALL,
+    )
+
+
+INT6 = {"m1": 1, "m16": 16, "m98304": 98304}  # rows of x
+
+
+def int6_dequantise_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """One matrix of the MLP's up."""
+    outputs, columns = packed.SHAPES["up"]
+    codes, scales = (x[0] for x in packed.matrices(outputs, columns, 1))
+
+    def call(op: Function, dtype: torch.dtype) -> Function:
+        return lambda scales: op(codes, scales, None, columns, dtype)
+
+    return Workload(
+        (scales,),
+        call(reference.int6_dequantise, torch.float64),
+        {"triton": call(int6.int6_dequantise, HALF), **both(call(reference.int6_dequantise, HALF))},
+        (2.75 * outputs * columns, 0.0),
+        unit="gb_s",
+        checked=ALL,
+    )
+
+
+def int6_linear_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """One product with the MLP's up, from memory. gemlite, which tunes itself when first called, is in bench.packed."""
+    (outputs, columns), rows = packed.SHAPES["up"], min(INT6[case], 4096 if small else INT6[case])
+    codes, scales = packed.matrices(outputs, columns, 1)
+    x = random(rows, columns, dtype=HALF, gradient=False)
+    products = {name: call for name, call in packed.calls(x, codes, scales) if name not in ("triton-apart", "gemlite")}
+    exact = reference.int6_dequantise(codes[0], scales[0], None, columns, HALF).double()
+    few = rows <= 64
+    traffic = packed.BYTES["triton"] * outputs * columns + 2.0 * rows * (outputs + columns)
+    return Workload(
+        (x,),
+        lambda x: F.linear(x, exact),
+        {name: (lambda x, call=call: call(0)) for name, call in products.items()},
+        (traffic if few else 2.0 * rows * outputs * columns, 0.0),
+        unit="gb_s" if few else "tflops",
+        checked=ALL if few else None,
+    )
+
+
+def cached_attention_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """The last of 2048 tokens; keys and values are read."""
+    heads, kv_heads, dim = 8, 4, 64
+    qkv = random(1, heads + 2 * kv_heads, dim, dtype=HALF, gradient=False)
+    keys, values = (random(LENGTH, kv_heads, dim, dtype=HALF, gradient=False) for _ in range(2))
+    gain = random(heads, dtype=torch.float32, gradient=False)
+    cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, DEVICE)
+    position = torch.tensor([LENGTH - 1], device=DEVICE)
+
+    def call(op: Function) -> Function:
+        return lambda qkv, gain, cos, sin, keys, values: op(qkv, gain, cos, sin, position, keys, values)
+
+    return Workload(
+        (qkv, gain, cos, sin, keys, values),
+        call(reference.cached_attention),
+        {"triton": call(cached_attention.cached_attention), **both(call(reference.cached_attention))},
+        (2.0 * (keys.numel() + values.numel()), 0.0),
+        unit="gb_s", checked=ALL, in_place=True,
+    )  # fmt: skip
 
 
 # Op -> its cases and how to set one up: (case, small, tokens) -> Workload.
@@ -347,7 +577,15 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[str, bool, Tensor | None], Workl
     "residual_mix": (("seed",), residual_mix_workload),
     "qk_norm_rotary": (("seed",), qk_norm_rotary_workload),
     "embed": (("zipf",), embed_workload),
-    "linear_cross_entropy": (("seed",), linear_cross_entropy_workload),
+    "linear_cross_entropy": (("seed", "none"), linear_cross_entropy_workload),
+    "newton_schulz": (("all-banks",), newton_schulz_workload),
+    "muon_momentum": (("all-banks",), muon_momentum_workload),
+    "muon_update": (("all-banks",), muon_update_workload),
+    "adamw_update": (("rest",), adamw_update_workload),
+    "gptq_block": (("qo",), gptq_block_workload),
+    "int6_dequantise": (("up",), int6_dequantise_workload),
+    "int6_linear": (tuple(INT6), int6_linear_workload),
+    "cached_attention": (("2048",), cached_attention_workload),
 }
 
 
@@ -372,12 +610,18 @@ def errors(workload: Workload) -> dict[str, tuple[float, float]]:
         exact = workload.exact_of.get(name, workload.exact)
         if exact not in truths:
             wanted = outputs(exact(*exact_inputs))
-            g = g or [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in wanted]
-            truths[exact] = wanted, torch.autograd.grad(wanted, leaves, g)
+            if leaves:
+                g = g or [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in wanted]
+            truths[exact] = wanted, torch.autograd.grad(wanted, leaves, g) if leaves else ()
         wanted, truth = truths[exact]
         with peer(name):
             inputs = [x.detach().requires_grad_(x.requires_grad) for x in workload.inputs_of(name)]
+            if workload.in_place:
+                inputs = [x.clone() for x in inputs]
             out = outputs(function(*inputs))
+            if not leaves:
+                found[name] = relative_errors(out, wanted).max().item(), 0.0
+                continue
             grad = [torch.zeros_like(x) for x in out]
             for a, b in zip(grad, g, strict=True):
                 a[:rows, -tail:].copy_(b) if tail else a.copy_(b)
@@ -394,6 +638,8 @@ def phases(workload: Workload, name: str) -> dict[str, Callable[[], Any]]:
     """What is timed of an implementation: forward and backward, apart or together. Forward runs here, if apart."""
     function, inputs = workload.implementations[name], workload.inputs_of(name)
     leaves = [x for x in inputs if x.requires_grad]
+    if not leaves:
+        return {"": lambda: function(*inputs)}
     if not workload.backward_apart:
         return {"": lambda: torch.autograd.grad(function(*inputs), leaves)}
     out = outputs(function(*inputs))
@@ -415,7 +661,23 @@ def replayed(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Callab
         torch.cuda.synchronize()
         print(f"not captured: {type(failure).__name__}: {str(failure)[:100]}")
         return call, False
-    return graph.replay, True
+
+    def replay(kept: Callable[[], Any] = call) -> None:  # with it what the graph reads
+        graph.replay()
+
+    return replay, True
+
+
+def prepared(workload: Workload, name: str, stream: torch.cuda.Stream) -> list[tuple[str, Callable[[], Any], bool]]:
+    """An implementation's phases, each run once on the stream, what is to be timed of it, and whether it is a graph."""
+    with torch.cuda.stream(stream):
+        calls = phases(workload, name)
+        for call in calls.values():
+            call()
+    torch.cuda.synchronize()
+    if name in workload.own_graphs:
+        return [(phase, call, False) for phase, call in calls.items()]
+    return [(phase, *replayed(call, stream)) for phase, call in calls.items()]
 
 
 def in_turn(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> list[list[float]]:
@@ -423,7 +685,7 @@ def in_turn(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> li
 
     Nothing is in the L2 cache when a call begins, and the host is ahead of the device.
     """
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
     times: list[list[float]] = [[] for _ in calls]
     with torch.cuda.stream(stream):
         for _ in range(ROUNDS):
@@ -454,18 +716,11 @@ def measure(op: str, case: str, tokens: Tensor | None, measured: dict[str, float
     # One stream for everything: a backward runs where its forward did, and only there may it be captured.
     stream = torch.cuda.Stream()
     runs: list[tuple[str, str, Callable[[], Any], bool]] = []
-    kept = []  # what the graphs read
     for name in (name for name in workload.implementations if name in found):
         with peer(name):
             if not right(found[name]):
                 raise ValueError(f"{op} {case} {name}: wrong values, errors {found[name]}")
-            with torch.cuda.stream(stream):
-                calls = phases(workload, name)
-                for call in calls.values():
-                    call()
-            torch.cuda.synchronize()
-            kept.append(calls)
-            runs += [(name, phase, *replayed(call, stream)) for phase, call in calls.items()]
+            runs += [(name, *run) for run in prepared(workload, name, stream)]
     times = in_turn([run for _, _, run, _ in runs], stream)
     framework = next((found[x] for x in FRAMEWORK if x in workload.implementations and x in found), None)
     unit = "TFLOP/s" if workload.unit == "tflops" else "GB/s"

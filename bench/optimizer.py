@@ -148,6 +148,7 @@ def row(op: str, case: str, impl: str, times: dict[str, float], **rest: Any) -> 
 def gram_newton_schulz() -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
     """The package's own, in the settings that it ships with; its compiled graphs hold their outputs in place."""
     if not find_spec("gram_newton_schulz"):
+        print("gram-newton-schulz is not installed: left out")
         return None
     from gram_newton_schulz import GramNewtonSchulz
 
@@ -164,34 +165,43 @@ def gram_newton_schulz() -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
     return run
 
 
-def measure_newton_schulz(case: str, ceiling: float) -> list[dict[str, Any]]:
-    torch._dynamo.reset()
-    print(f"\nnewton_schulz {case}", flush=True)
-    model = GPT(CONFIG, select("reference", DEVICE)).to(DEVICE)
-    shapes = [
-        (-(-bank.count // CASES[case]), *bank.parameter.shape[1:])
-        for bank in Optimizer(model, CONFIG, Ranks(0, 1, DEVICE)).banks
-    ]
-    sizes = [count * rows * columns for count, rows, columns in shapes]
-    flat = torch.randn(sum(sizes), device=DEVICE).bfloat16()
-    banks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-    exact = reference.newton_schulz([bank[[0, -1]].double() for bank in banks], COEFFICIENTS)
-    flops = 0.0
-    for count, rows, columns in shapes:
-        short, long = min(rows, columns), max(rows, columns)
-        flops += len(COEFFICIENTS) * count * (4.0 * short * short * long + 2.0 * short**3)
+def newton_schulz_peers() -> dict[str, Callable[[Sequence[Tensor]], list[Tensor]]]:
+    """Every implementation that is here."""
     implementations: dict[str, Callable[[Sequence[Tensor]], list[Tensor]] | None] = {
         "eager": lambda banks: reference.newton_schulz(banks, COEFFICIENTS),
         "compiled": lambda banks: compiled.newton_schulz(banks, COEFFICIENTS),
         "gram-newton-schulz": gram_newton_schulz(),
         "triton": lambda banks: newton_schulz.newton_schulz(banks, COEFFICIENTS),
     }
+    return {name: f for name, f in implementations.items() if f is not None}
+
+
+def seed_optimizer() -> Optimizer:
+    """That of the seed's model on one GPU."""
+    return Optimizer(GPT(CONFIG, select("reference", DEVICE)).to(DEVICE), CONFIG, Ranks(0, 1, DEVICE))
+
+
+def newton_schulz_flops(shapes: Sequence[tuple[int, ...]]) -> float:
+    """Of banks of these shapes: three full products an iteration."""
+    flops = 0.0
+    for count, rows, columns in shapes:
+        short, long = min(rows, columns), max(rows, columns)
+        flops += len(COEFFICIENTS) * count * (4.0 * short * short * long + 2.0 * short**3)
+    return flops
+
+
+def measure_newton_schulz(case: str, ceiling: float) -> list[dict[str, Any]]:
+    torch._dynamo.reset()
+    print(f"\nnewton_schulz {case}", flush=True)
+    shapes = [(-(-bank.count // CASES[case]), *bank.parameter.shape[1:]) for bank in seed_optimizer().banks]
+    sizes = [count * rows * columns for count, rows, columns in shapes]
+    flat = torch.randn(sum(sizes), device=DEVICE).bfloat16()
+    banks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    exact = reference.newton_schulz([bank[[0, -1]].double() for bank in banks], COEFFICIENTS)
+    flops = newton_schulz_flops(shapes)
     table: list[dict[str, Any]] = []
     of_eager = None
-    for impl, f in implementations.items():
-        if f is None:
-            print(f"{impl} is not installed: left out")
-            continue
+    for impl, f in newton_schulz_peers().items():
         with peer(impl):
             found = error([x[[0, -1]] for x in f(banks)], exact)
             if not found < 0.1:

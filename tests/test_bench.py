@@ -16,12 +16,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench import common, optimizer, scoring
+from bench import common, kernels, optimizer, packed, scoring
 from bench.common import draw_panels, peer, relative_errors, write_result
-from bench.kernels import Workload, errors, phases, right
+from bench.kernels import OPS, Workload, errors, phases, right
 from gpt.optimizer import Optimizer, coefficients
 from gpt.score import ValidationText
 from kernels import compiled, reference
+from kernels.launch import INTERPRET
 from tests.tiny import ALONE, CPU, random_tokens, tiny_config, tiny_model
 
 
@@ -96,6 +97,47 @@ def test_a_peer_may_fail_and_ours_may_not(capsys: pytest.CaptureFixture[str]) ->
         errors(workload(**{"triton-deterministic": fails}))
     with pytest.raises(KeyboardInterrupt), peer("quack"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("op", "peers"),
+    [
+        ("linear_cross_entropy", {"compiled"}),
+        ("newton_schulz", {"eager", "compiled"}),
+        ("muon_momentum", {"eager", "compiled"}),
+        ("muon_update", {"eager", "compiled"}),
+        ("adamw_update", {"eager", "compiled", "torch-fused"}),
+        ("gptq_block", {"eager"}),
+        ("int6_dequantise", {"eager", "compiled"}),
+        ("int6_linear", {"cublas"}),
+        ("cached_attention", {"eager", "compiled"}),
+    ],
+)
+def test_ops_without_a_gradient_have_right_peers(op: str, peers: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small sizes, twice: ops that change their inputs give every implementation, and every check, the same ones."""
+    config = tiny_config(muon_row_norm=False)
+    for module in (kernels, optimizer, packed):
+        monkeypatch.setattr(module, "DEVICE", CPU)
+    monkeypatch.setattr(optimizer, "CONFIG", config)
+    monkeypatch.setattr(optimizer, "COEFFICIENTS", coefficients(config.newton_schulz, config.muon_backend_steps))
+    monkeypatch.setattr(packed, "SHAPES", {"up": (40, 70)})
+    monkeypatch.setattr(kernels, "INT6", {"m1": 1, "m16": 16, "m98304": 80})
+    monkeypatch.setattr(kernels, "LENGTH", 8)
+    monkeypatch.setattr(kernels, "HALF", torch.float32)
+    monkeypatch.setattr(kernels, "compiled", lambda function: function)
+    monkeypatch.setattr(compiled, "newton_schulz", reference.newton_schulz)
+    ours = {"triton"} if INTERPRET and op not in ("gptq_block", "linear_cross_entropy") else set()
+    cases, build = OPS[op]
+    torch.manual_seed(0)
+    for case in cases[1:] if op == "linear_cross_entropy" else cases:
+        made = build(case, True, None)
+        work = replace(made, implementations={k: f for k, f in made.implementations.items() if k in peers | ours})
+        assert set(work.implementations) == peers | ours
+        for _ in range(2):
+            found = errors(work)
+            assert set(found) == peers | ours
+            assert all(max(pair) < 1e-2 for pair in found.values()), found
+        assert list(phases(work, min(peers))) == [""]
 
 
 @pytest.fixture
