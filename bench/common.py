@@ -8,8 +8,9 @@ import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gpt.record import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
+PEERS = ("flash-attn-4", "quack-kernels", "liger-kernel", "gram-newton-schulz", "gemlite", "torchao")
 _written: set[Path] = set()  # result files of this process
 
 
@@ -28,6 +30,15 @@ def short_name(device: str) -> str:
     """`NVIDIA H100 80GB HBM3` -> `h100`; a CPU is `cpu`."""
     found = re.search(r"\b([ABHLV]\d{2,3}S?|RTX \d{4})\b", device)
     return found.group(1).lower().replace(" ", "") if found else "cpu"
+
+
+def peer_versions() -> dict[str, str]:
+    """Of the packages of peers that are installed."""
+    found = {}
+    for name in PEERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def milliseconds(f: Callable[[], Any], repeats: int = 20, warm_up: int = 3) -> list[float]:
@@ -99,7 +110,7 @@ def write_result(
     """Write bench/results/<bench>-<gpu>.json (or `path`). Returns it and its rows, each with its own `ceiling`.
 
     Rows of ops and cases not measured again are kept where this process wrote them, or the same clean commit on the
-    same card with the same versions; all others are dropped.
+    same card with the same versions, of peers too; all others are dropped.
     """
     import triton
 
@@ -111,6 +122,7 @@ def write_result(
         "gpus": gpus,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "peers": peer_versions(),
         "commit": commit(),
         "command": command,
         "date": date.today().isoformat(),
@@ -119,7 +131,7 @@ def write_result(
     kept: list[dict[str, Any]] = []
     before = json.loads(path.read_text()) if path.exists() else {}
     clean = record["commit"] and not record["commit"].endswith("-dirty")
-    same = all(before.get(key) == record[key] for key in ("bench", "gpu", "torch", "triton", "commit"))
+    same = all(before.get(key) == record[key] for key in ("bench", "gpu", "torch", "triton", "peers", "commit"))
     if path.resolve() in _written or (same and clean):
         again = {(row["op"], row["case"]) for row in rows}
         kept = [row for row in before["rows"] if (row["op"], row["case"]) not in again]

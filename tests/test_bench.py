@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +170,14 @@ def test_rows_of_the_same_clean_commit_stay(tmp_path: Path, on_gpu: pytest.Monke
     assert of == {"embed": 1.0, "mlp": 2.0, "rms_norm": 1.0}
 
 
+def test_versions_of_installed_peers_stand_in_a_result(tmp_path: Path, on_gpu: pytest.MonkeyPatch) -> None:
+    on_gpu.setattr(common, "PEERS", ("numpy", "no-such-package"))
+    written(tmp_path / "kernels.json", "a", "mlp")
+    record = json.loads((tmp_path / "kernels.json").read_text())
+    assert record["peers"] == {"numpy": version("numpy")}
+    assert list(record)[3:6] == ["torch", "triton", "peers"]
+
+
 @pytest.mark.parametrize("commit", ["a" * 40 + "-dirty", ""])
 def test_rows_of_a_dirty_commit_stay_in_one_process_only(
     commit: str, tmp_path: Path, on_gpu: pytest.MonkeyPatch
@@ -181,7 +190,7 @@ def test_rows_of_a_dirty_commit_stay_in_one_process_only(
     assert written(path, "b", "embed") == (["embed"], "b")
 
 
-@pytest.mark.parametrize("what", ["commit", "gpu", "torch", "triton"], ids="of-{}".format)
+@pytest.mark.parametrize("what", ["commit", "gpu", "torch", "triton", "peers"], ids="of-{}".format)
 def test_rows_of_other_code_or_another_card_go(what: str, tmp_path: Path, on_gpu: pytest.MonkeyPatch) -> None:
     path = tmp_path / "kernels.json"
     written(path, "a", "mlp")
