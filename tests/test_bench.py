@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench import common, kernels, optimizer, packed, scoring
+from bench import common, kernels, optimizer, packed, scoring, start
 from bench.common import draw_panels, peer, relative_errors, write_result
 from bench.kernels import OPS, Workload, errors, phases, right
 from gpt.optimizer import Optimizer, coefficients
@@ -310,3 +310,46 @@ def test_scoring_compares_settings_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["op"] for row in record["rows"]] == ["plain_score", "sliding_score", *(f"ttt_{rate}" for rate in rates)]
     assert all("gain_nats_per_token" in row for row in record["rows"][2:])
     assert scoring.main(["--tokens", "none.bin", "--ttt", "chunk,speed=2"]) == 2
+
+
+TRAIN = """
+import json, os, sys, time
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+run = Path(given["--runs-path"]) / given["--run-id"]
+run.mkdir()
+(run / "config.json").write_text(Path("CONFIG").read_text())
+cache = Path(os.environ["TRITON_CACHE_DIR"])
+cold = not cache.exists()
+cache.mkdir(exist_ok=True)
+print(f"ready after {9.5 if cold else 2.5} s, {7.0 if cold else 0.5} s of them warm-up", flush=True)
+for step in range(1, int(given["--iterations"]) + 1):
+    if step == int(given.get("--fail", 0)):
+        sys.exit("no memory")
+    layers = 14 if step > int(given["--recur-start-step"]) else 11
+    ms = None if step == 1 else 80.04 if step > int(given["--recur-start-step"]) + 1 else 60.04
+    entry = {"step": step, "train_loss": 1.0, "layers": layers, "ms_per_step": ms}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\\n")
+    print(f"step {step}/{given['--iterations']}  loss", flush=True)
+time.sleep(600)  # what follows training
+"""
+
+
+def test_starts_are_read_from_two_runs_with_the_same_caches(
+    tmp_path: Path, on_gpu: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(tiny_config().model_dump_json())
+    (tmp_path / "train.py").write_text(TRAIN.replace("CONFIG", str(tmp_path / "config.json")))
+    on_gpu.setattr(start, "ROOT", tmp_path)
+    out = tmp_path / "start.json"
+    assert start.main(["--iterations", "6", "--out", str(out)]) == 0
+    cold, warm = json.loads(out.read_text())["rows"]
+    assert (cold["case"], cold["ms"], cold["warm_up_ms"]) == ("cold", 9500, 7000)
+    assert (warm["case"], warm["ms"], warm["warm_up_ms"]) == ("warm", 2500, 500)
+    for row in (cold, warm):
+        assert row["steps_ms"] == [60.0] * 3 + [80.0] * 2
+        assert row["steps_ms"][row["recurrence_from_step"] :] == [80.0] * 2
+    assert start.main(["--iterations", "6", "--fail", "3"]) == 2
+    assert "ended before step 6" in (said := capsys.readouterr().err)
+    assert "no memory" in said
