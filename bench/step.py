@@ -5,17 +5,20 @@
 One GPU's share of the seed's step: 48 rows of 2048 tokens, 11 or 14 layers, dense or document-masked attention, bf16.
 `triton` is ours, replayed as a CUDA graph as in training, and `triton-fp8`, on demand, ours with mlp=fp8; `compiled` is
 torch.compile of the reference with cuDNN attention and mix-order reduction off. Steps of all implementations of a case
-alternate in one process; figures are medians. Parts come from the profiler's kernel times, gaps are what is left. The
-least they can take: products and attention, their FLOPs at the measured rate of an 8192^3 product; loss, the logits
-read and written once; percent_of_ceiling is the sum of these three over the whole time. Beside glue stands no such
-bound but the traffic of our own schedule, its passes over the residual stream at the speed of a copy. Writes
-bench/results/step-<gpu>.json and .png.
+alternate in one process; figures are medians. Parts (`parts_ms`) are the profiler's kernel times, means of three steps after those, which took `profiled_ms`.
+`gaps_ms` is the timed step less the sum of its parts: time in which no kernel ran, and what the profiled steps took
+more or less than the timed ones, by which it can be negative. The least that parts can take (`least_ms`): products and
+attention, their FLOPs at the measured rate of an 8192^3 product; loss, the logits read and written once;
+percent_of_ceiling is the sum of these three over the whole time. Beside glue stands no such bound but the traffic of
+our own schedule (`schedule_ms`), its passes over the residual stream at the speed of a copy. `percent_of_floor` is the
+share of each part that these are. Writes bench/results/step-<gpu>.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -87,18 +90,25 @@ def training_step(implementation: str, config: Config, tokens: Tensor, layers: t
     return step
 
 
-def parts(step: Callable[[], Tensor], repeats: int = 3) -> dict[str, dict[str, float]]:
-    """Part -> kernel -> milliseconds a step."""
+def parts(step: Callable[[], Tensor], repeats: int = 3) -> tuple[dict[str, dict[str, float]], float]:
+    """Part -> kernel -> milliseconds a step, and those of a whole step meanwhile."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(repeats):
-            step()
-        torch.cuda.synchronize()
+        whole = statistics.mean(milliseconds(step, repeats, warm_up=0))
     found: dict[str, dict[str, float]] = {part: {} for part in PARTS}
     for event in profiler.key_averages():
         if event.self_device_time_total:
             found[part_of(event.key)][event.key] = event.self_device_time_total / repeats / 1e3
-    return found
+    return found, whole
+
+
+def shares(row: dict[str, Any]) -> dict[str, Any]:
+    """What follows from a row's ms, parts_ms, least_ms and schedule_ms: gaps_ms, and percent_of_floor of every part."""
+    floors = row["least_ms"] | row["schedule_ms"]
+    return {
+        "gaps_ms": round(row["ms"] - sum(row["parts_ms"].values()), 2),
+        "percent_of_floor": {part: round(100 * floors[part] / ms, 1) for part, ms in row["parts_ms"].items()},
+    }
 
 
 def measure(
@@ -128,31 +138,32 @@ def measure(
     rows = []
     for name in names:
         low, ms, high = (sorted(times[name])[int(len(times[name]) * q)] for q in (0.2, 0.5, 0.8))
-        found = parts(steps[name])
+        found, profiled = parts(steps[name])
         sums = {part: sum(found[part].values()) for part in PARTS}
-        rows.append(
-            {
-                "op": "step_forward_backward", "case": case, "impl": name, "ms": round(ms, 2),
-                "ms_p20": round(low, 2), "ms_p80": round(high, 2),
-                "tflops": round((least["products"] + least["attention"]) * measured["bf16_tflops"] / ms, 1),
-                "gb_s": None,
-                "percent_of_ceiling": round(100 * sum(least[part] for part in BOUNDED) / ms, 1),
-                "parts_ms": {part: round(sums[part], 2) for part in PARTS},
-                "least_ms": {part: round(least[part], 2) for part in BOUNDED},
-                "schedule_ms": {"glue": round(least["glue"], 2)},
-                "memory_gib": round(memory[name], 1), "first_step_s": round(first[name], 1),
-                "loss": round(losses[name], 4),
-            }
-        )  # fmt: skip
+        row: dict[str, Any] = {
+            "op": "step_forward_backward", "case": case, "impl": name, "ms": round(ms, 2),
+            "ms_p20": round(low, 2), "ms_p80": round(high, 2),
+            "tflops": round((least["products"] + least["attention"]) * measured["bf16_tflops"] / ms, 1),
+            "gb_s": None,
+            "percent_of_ceiling": round(100 * sum(least[part] for part in BOUNDED) / ms, 1),
+            "parts_ms": {part: round(sums[part], 2) for part in PARTS},
+            "profiled_ms": round(profiled, 2),
+            "least_ms": {part: round(least[part], 2) for part in BOUNDED},
+            "schedule_ms": {"glue": round(least["glue"], 2)},
+            "memory_gib": round(memory[name], 1), "first_step_s": round(first[name], 1),
+            "loss": round(losses[name], 4),
+        }  # fmt: skip
+        row |= shares(row)
+        rows.append(row)
         print(f"\n{case}, {name}: {ms:.2f} ms ({low:.2f} to {high:.2f}), {memory[name]:.1f} GiB, "
               f"first step after {first[name]:.1f} s, loss {losses[name]:.4f}")  # fmt: skip
         print(f"  {'part':12s}{'ms':>8s}{'least':>8s}{'least / ms':>12s}")
         for part in PARTS:
-            print(f"  {part:12s}{sums[part]:8.2f}{least[part]:8.2f}{100 * least[part] / sums[part]:11.0f}%"
+            print(f"  {part:12s}{sums[part]:8.2f}{least[part]:8.2f}{row['percent_of_floor'][part]:11.0f}%"
                   + ("" if part in BOUNDED else "   (traffic of this schedule, not a least)"))  # fmt: skip
             for kernel, each in sorted(found[part].items(), key=lambda item: -item[1])[:kernels]:
                 print(f"      {each:8.3f}  {kernel[:90]}")
-        print(f"  {'gaps':12s}{ms - sum(sums.values()):8.2f}", flush=True)
+        print(f"  {'gaps':12s}{row['gaps_ms']:8.2f}", flush=True)
     return rows
 
 
@@ -164,14 +175,16 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     bars = []
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == case]
-        bars += [(f"{case}\n{row['impl']}", row["parts_ms"], row["ms"]) for row in mine]
+        for row in mine:
+            gaps = max(shares(row)["gaps_ms"], 0.0)
+            bars.append((f"{case}\n{row['impl']}", row["parts_ms"] | {"gaps": gaps}, row["ms"]))
         least = mine[0]["least_ms"] | mine[0]["schedule_ms"]
-        bars.append((f"{case}\nleast; glue:\nits traffic", least, sum(least.values())))
+        bars.append((f"{case}\nleast; glue:\nits traffic", least | {"gaps": 0.0}, sum(least.values())))
     figure = Figure(figsize=(1.3 * len(bars) + 2, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     base = [0.0] * len(bars)
-    for part, color in zip(PARTS, COLORS, strict=False):
+    for part, color in zip((*PARTS, "gaps"), (*COLORS[:4], COLORS[6]), strict=True):
         heights = [bar[1][part] for bar in bars]
         axis.bar(range(len(bars)), heights, bottom=base, color=color, label=part, width=0.7)
         base = [a + b for a, b in zip(base, heights, strict=True)]
@@ -179,7 +192,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.text(index, base[index] + 1, f"{total:.1f}", ha="center")
     axis.set_xticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
     axis.set_ylabel("ms, forward + backward")
-    axis.legend(frameon=False, ncols=len(PARTS))
+    axis.legend(frameon=False, ncols=len(PARTS) + 1)
     axis.set_ylim(0, 1.15 * max(base))
     axis.set_title(title, fontsize=10)
     figure.savefig(path, dpi=120)

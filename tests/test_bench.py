@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from bench import common, kernels, optimizer, packed, scoring, start
 from bench.common import draw_panels, peer, relative_errors, write_result
 from bench.kernels import OPS, Workload, errors, phases, right
+from bench.step import PARTS, draw, shares
 from gpt.optimizer import Optimizer, coefficients
 from gpt.score import ValidationText
 from kernels import compiled, reference
@@ -310,6 +311,20 @@ def test_scoring_compares_settings_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["op"] for row in record["rows"]] == ["plain_score", "sliding_score", *(f"ttt_{rate}" for rate in rates)]
     assert all("gain_nats_per_token" in row for row in record["rows"][2:])
     assert scoring.main(["--tokens", "none.bin", "--ttt", "chunk,speed=2"]) == 2
+
+
+def test_parts_and_gaps_of_a_step_are_its_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = json.loads((common.RESULTS / "step-h100.json").read_text())["rows"]
+    for row in rows:
+        assert row["ms"] == pytest.approx(sum(row["parts_ms"].values()) + row["gaps_ms"])
+        assert set(row["percent_of_floor"]) == set(PARTS)
+        assert {key: row[key] for key in ("gaps_ms", "percent_of_floor")} == shares(row)
+    part = rows[0]["percent_of_floor"]["attention"]
+    assert part == round(100 * rows[0]["least_ms"]["attention"] / rows[0]["parts_ms"]["attention"], 1)
+    older = [{key: row[key] for key in row if key not in shares(row)} for row in rows]
+    draw(older, "title", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size
 
 
 TRAIN = """
