@@ -5,13 +5,13 @@
 One GPU's share of the seed's step: 48 rows of 2048 tokens, 11 or 14 layers, dense or document-masked attention, bf16.
 `triton` is ours, replayed as a CUDA graph as in training, and `triton-fp8`, on demand, ours with mlp=fp8; `compiled` is
 torch.compile of the reference with cuDNN attention and mix-order reduction off. Steps of all implementations of a case
-alternate in one process; figures are medians. Parts (`parts_ms`) are the profiler's kernel times, means of three steps after those, which took `profiled_ms`.
-`gaps_ms` is the timed step less the sum of its parts: time in which no kernel ran, and what the profiled steps took
-more or less than the timed ones, by which it can be negative. The least that parts can take (`least_ms`): products and
-attention, their FLOPs at the measured rate of an 8192^3 product; loss, the logits read and written once;
-percent_of_ceiling is the sum of these three over the whole time. Beside glue stands no such bound but the traffic of
-our own schedule (`schedule_ms`), its passes over the residual stream at the speed of a copy. `percent_of_floor` is the
-share of each part that these are. Writes bench/results/step-<gpu>.json and .png.
+alternate in one process; figures are medians. Parts (`parts_ms`) are the profiler's kernel times, means of three steps
+after those, which took `profiled_ms`. `gaps_ms` is the timed step less the sum of its parts: time in which no kernel
+ran, and what the profiled steps took more or less than the timed ones, by which it can be negative. The least that
+parts can take (`least_ms`): products and attention, their FLOPs at the measured rate of an 8192^3 product; loss, the
+logits read and written once; percent_of_ceiling is the sum of these three over the whole time. Beside glue stands no
+such bound but the traffic of our own schedule (`schedule_ms`), its passes over the residual stream at the speed of a
+copy. `percent_of_floor` is the share of each part that these are. Writes bench/results/step-<gpu>.json and .png.
 """
 
 from __future__ import annotations
