@@ -62,7 +62,8 @@ def least_times(config: Config, layers: int, pairs: int, measured: dict[str, flo
     flops, stream = 1e9 * measured["bf16_tflops"], tokens * dim * 2 / (1e6 * measured["copy_gb_s"])
     # mix (x, x0 -> x); back: product, residual, x, x0 and its gradient -> two; rotary and head norms: q, k and the
     # gradients of q, k, v read, the latter written. A skip is read, and back again, and its gradient written.
-    passes = 3 + 7 + (2 * width + width - config.num_kv_heads * config.head_dim) / dim + 3 * (layers // 2) / layers
+    skips = min(config.num_skips, layers // 2)
+    passes = 3 + 7 + (2 * width + width - config.num_kv_heads * config.head_dim) / dim + 3 * skips / layers
     return {
         "products": 6 * tokens * weights / flops,
         "attention": 14 * pairs * config.num_heads * config.head_dim * layers / flops,
