@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import math
 import re
@@ -43,6 +44,7 @@ FORMS = (*FIXED, "chunk", "document", "phased")
 # Scores of these names are of these forms; a name that is not here begins with its form.
 NAMES: dict[str, tuple[str, ...]] = dict.fromkeys(("ema", "ema_pre_quant", "artifact"), ("plain",))
 NAMES |= {"sliding": FIXED, "artifact_sliding": FIXED, "artifact_ttt": FORMS[2:]}
+RATIO = 32  # of a ledger's text to its file, at most; honest ones, whose names and figures look random, take 2 to 6
 MOST = 2**28  # tokens, bytes of text: six times the largest validation; a number that says more is a mistake
 
 
@@ -156,9 +158,14 @@ def write(header: Mapping[str, Any], lines: Iterable[Any]) -> bytes:
 
 
 def read(data: bytes) -> tuple[dict[str, Any], list[list[Any]]]:
-    """Header and lines. Raises LedgerError where the bytes are no ledger or the seal is not theirs."""
+    """Header and lines. Raises LedgerError where the bytes are no ledger or the seal is not theirs.
+
+    Whatever the bytes are, no more than RATIO times them and a MiB is unpacked.
+    """
+    limit = RATIO * len(data) + 2**20
     try:
-        text = gzip.decompress(data)
+        text = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
+        _want(len(text) <= limit, f"{len(data)} bytes unpack to more than {limit}")
         body, _, seal = text.removesuffix(b"\n").rpartition(b"\n")
         header, *lines = map(json.loads, body.splitlines())
         sealed = json.loads(seal)

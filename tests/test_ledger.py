@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,22 @@ def test_a_changed_file_is_refused() -> None:
     ):
         with pytest.raises(LedgerError, match=message):
             audit(*read(data))
+
+
+def test_no_more_is_unpacked_than_a_ledger_holds(tmp_path: Path) -> None:
+    """A file of a few kilobytes can unpack to gigabytes; what lies in several streams adds up."""
+    bomb = gzip.compress(b"[" + b" " * 2**25)
+    for data in (bomb, gzip.compress(b"") + bomb, gzip.compress(b" " * 2**19) * 3):
+        assert len(data) < 40_000
+        tracemalloc.start()
+        with pytest.raises(LedgerError, match=rf"^not a ledger: {len(data)} bytes unpack to more than \d{{7}}$"):
+            read(data)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+        tracemalloc.stop()
+    digits = random.Random(0)
+    lines = [["score", i, i + 64, f"{digits.getrandbits(64):016x}", 100 * digits.random(), 250] for i in range(20_000)]
+    assert len(gzip.decompress(write({"ledger": 1}, lines))) > 2**20
+    assert read(write({"ledger": 1}, lines))[1] == lines
 
 
 def test_form_and_settings_are_those_of_the_lines() -> None:
