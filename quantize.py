@@ -112,6 +112,7 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
             "code_bytes": code,
             "limit": ARTIFACT_LIMIT,
             "tokenizer_sha256": tokenizer.sha256,
+            "data_path": str(data_path.absolute()),  # for audit, where the record is on this machine
             "leaking": config.leaking,
             "depth": artifact.depth,
             "kernels": ops.names,

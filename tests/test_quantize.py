@@ -83,31 +83,36 @@ def test_score(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_test_time_training_is_audited(
-    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, data = made
+    monkeypatch.chdir(data.parent)
     forms = ("chunk,tokens=256", "document,rank=2,tokens=16", "phased,documents=2,phases=1")
     options = [option for form in forms for option in ("--ttt", form)]
-    assert run("score", path, "--data-path", data, "--sliding", *options, "--json", tmp_path / "s.json") == 0
+    assert run("score", path, "--data-path", data.name, "--sliding", *options, "--json", tmp_path / "s.json") == 0
     record = json.loads((tmp_path / "s.json").read_text())
     names = ["sliding", "chunk-tokens256", "document-rank2-tokens16", "phased-documents2-phases1"]
     assert list(record["scores"]) == names
     assert record["scores"]["chunk-tokens256"]["settings"]["lr"] == 0.005
     capsys.readouterr()
-    assert run("audit", tmp_path / "s.json", "--artifact", path, "--data-path", data) == 0
+    # A record names its shards, from wherever it was made.
+    assert record["data_path"] == str(data)
+    monkeypatch.chdir(tmp_path)
+    assert run("audit", tmp_path / "s.json", "--artifact", path) == 0
     printed = capsys.readouterr().out
     assert "chunk-tokens256: fair. 8 versions of the weights, 1,792 tokens trained some; 15 lines" in printed
+    assert f"shards    {data}: the ones that were scored" in printed
     assert run("audit", tmp_path / "s.json") == 1
     printed = capsys.readouterr().out
     assert "not compared" in printed
     assert "chunk-tokens256: NOT PROVEN, weights and shards not at hand. 8 versions" in printed
     assert "fair" not in printed
+    # On a machine that has them elsewhere, or nowhere.
+    (tmp_path / "s.json").write_text(json.dumps(seal(record | {"data_path": str(tmp_path)})))
     assert run("audit", tmp_path / "s.json", "--artifact", path) == 1
     assert "sliding: NOT PROVEN, shards not at hand." in capsys.readouterr().out
-    # A record that names its shards is compared with them.
-    (tmp_path / "s.json").write_text(json.dumps(seal(record | {"data_path": str(data)})))
-    assert run("audit", tmp_path / "s.json", "--artifact", path) == 0
-    assert f"shards    {data}: the ones that were scored" in capsys.readouterr().out
+    assert run("audit", tmp_path / "s.json", "--artifact", path, "--data-path", data) == 0
+    assert "sliding: fair. " in capsys.readouterr().out
     other = tmp_path / "other"
     other.mkdir()
     write_shard(other / "fineweb_val_000000.bin", open_shard(val_shards(data)[0])[:1500])
