@@ -23,6 +23,8 @@ from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENIZER = Tokenizer(quantize.SAMPLE_TOKENIZER)
 
 
