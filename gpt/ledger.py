@@ -484,7 +484,7 @@ def audit_record(
     common: dict[str, Any] = {}  # what the ledgers before said
     for name, claim in record["scores"].items():
         try:
-            header, lines = _ledger_of(path, claim)
+            header, lines = ledger_of(path, claim)
             forms = NAMES.get(name, (re.split("[-_,]", name)[0],))
             _want(header.get("form") in forms, f"header: form {_short(header.get('form'))} by the name of {name}")
             of_artifact = not name.startswith("ema")  # the weights before they were quantised
@@ -505,7 +505,7 @@ def audit_record(
     return findings
 
 
-def _ledger_of(path: Path, claim: Any) -> tuple[dict[str, Any], list[list[Any]]]:
+def ledger_of(path: Path, claim: Any) -> tuple[dict[str, Any], list[list[Any]]]:
     """The ledger beside the record at `path` that a score in it names. Raises LedgerError, OSError where it is not."""
     _check_kinds("record", claim, {})
     _want("ledger" in claim, "no ledger")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import torch
 
 from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT, MACHINE, ROOT, Config, ConfigError
-from gpt.ledger import FIXED, Ledger, LedgerError, audit_record, fingerprint
-from gpt.ledger import read as read_ledger
+from gpt.ledger import FIXED, LedgerError, audit_record, base_name, ledger_of
 from gpt.record import RecordError, read_config
 from gpt.ttt import parse_form
 from kernels import select
@@ -209,6 +208,17 @@ def leaking(record: Any) -> bool:
     return isinstance(record, str) and "LEAKING" in record
 
 
+@lru_cache(maxsize=8)
+def known_of(model: bytes) -> dict[str, Any]:
+    """What an artifact itself says to the audit of a record of its scores: its SHA-256, first weights and stamp.
+
+    Raises ArtifactError.
+    """
+    cpu, found = torch.device("cpu"), artifact.parse(model)
+    weights = found.model(select("reference", cpu), cpu, torch.float32).parameters()
+    return {"artifact": found.sha256, "base": base_name(weights), "leaking": found.config.leaking}
+
+
 def canonical(tokens: int, size: int | None) -> bool:
     """Whether these are the counts of FineWeb's validation, up to the tail after its last whole row."""
     counted = any(0 <= tokens - count < TAIL_TOKENS for count in VAL_TOKENS.values())
@@ -230,16 +240,18 @@ def gather(
 
     scores: records of scores with test-time training, one of each run's artifact.
 
-    Raises SubmissionError, naming every reason, where they cannot be handed in together; before that where one of
-    scores cannot be used.
+    Raises SubmissionError, naming every reason, where they cannot be handed in together; before that, where the runs'
+    own records pass the audit, if one of scores cannot be used.
     """
     if unknown := sorted(set(declared) - DECLARATIONS.keys()):
         raise SubmissionError(f"--declare {', '.join(unknown)}: wanted one of {', '.join(DECLARATIONS)}")
     runs = sorted((SeedRun.read(path) for path in paths), key=lambda run: run.seed)
-    if scores:
+    refused = [reason for run in runs if (reason := _unproven(run, run.path / "summary.json"))]
+    if scores and not refused:
         runs = with_scores(runs, scores)
     code, code_sha256 = bundle.build(root), bundle.code_sha256(root)
-    refused, undeclared = _refusals(runs, len(code)), _declarable(runs, code_sha256)
+    refused += _refusals(runs, len(code))
+    undeclared = _declarable(runs, code_sha256)
     if not refused and "other-code" not in undeclared:
         refused += _mixed_up(runs)
     refused += [
@@ -345,7 +357,7 @@ def with_scores(runs: Sequence[SeedRun], files: Sequence[Path]) -> list[SeedRun]
     ]
     if wrong:
         raise SubmissionError(f"--scores: wanted one for each run: {'; '.join(wrong)}")
-    found = [_with_score(run, file, digest) for run, (file,), digest in zip(runs, owned, digests, strict=True)]
+    found = [_with_score(run, file) for run, (file,) in zip(runs, owned, strict=True)]
     first, *others = found
     for run in others:
         if (one := _ways(first)) != (other := _ways(run)):
@@ -362,43 +374,31 @@ def _ways(run: SeedRun) -> list[str]:
     return [f"{spelled(s)}, context {s['context']}, stride {s['stride']}" for _, s in sorted(scores.items())]
 
 
-def _with_score(run: SeedRun, file: Path, digest: str) -> SeedRun:
-    """The run with the audited scores of a record of its artifact."""
+def _with_score(run: SeedRun, file: Path) -> SeedRun:
+    """The run with the audited scores of a record of its artifact; its own record has passed the audit."""
 
     def want(condition: Any, message: str) -> None:
         if not condition:
             raise SubmissionError(f"--scores {file}: {message}")
 
-    cpu = torch.device("cpu")
-    model = artifact.parse(run.model)
-    base = Ledger(fingerprint(model.model(select("reference", cpu), cpu, torch.float32).parameters())).base
-    try:
-        audit_record(file, artifact=digest, base=base, leaking=model.config.leaking)
-    except LedgerError as error:
-        raise SubmissionError(f"--scores {error}") from None
-    text = _scored_text(run.path, run.summary["scores"]["artifact"])
+    if reason := _unproven(run, file):
+        raise SubmissionError(f"--scores {reason}")
     record = json.loads(file.read_bytes())
     scores: dict[str, dict[str, Any]] = {}
     for name, score in record["scores"].items():
         if score["form"] in FIXED:
             continue
-        key, settings, seconds = TTT + score["form"], score.get("settings"), score.get("seconds")
+        key, settings = TTT + score["form"], score["settings"]
         want(key not in scores, f"several scores with {score['form']}: wanted the one that is handed in")
-        want(type(seconds) in (int, float) and 0 <= seconds < math.inf, f"{name}: seconds {seconds!r}")
         try:
-            known = isinstance(settings, dict) and asdict(parse_form(spelled(score))) == settings
+            known = asdict(parse_form(spelled(score))) == settings
         except ConfigError:
             known = False
         want(known, f"{name}: settings {settings!r}: wanted all of {score['form']}, as --ttt takes them")
-        header, _ = read_ledger((file.parent / Path(score["ledger"]["file"]).name).read_bytes())
-        begun = (header["artifact"], header["base"])
-        want(begun == (digest, base), f"{name}: began with other weights than the artifact's")  # whatever its name
-        said = header.get("settings")
-        want(said == settings, f"{name}: settings {settings}, the ledger has {said}")
-        scored = {what: header[what] for what in text}
-        want(scored == text, f"{name}: is of another text than {run.path} was scored on: {scored}, {text}")
         scores[key] = score
     want(scores, "no score with test-time training: quantize.py score ARTIFACT --ttt FORM --json FILE")
+    text, scored = _scored_text(run.path / "summary.json"), _scored_text(file)
+    want(scored == text, f"is of another text than {run.path} was scored on: {scored}, {text}")
     machine = record.get("environment")
     want(isinstance(machine, dict) and isinstance(machine.get("packages"), dict), "does not say on what machine")
     changed = [f"{what} {a}, {b}" for what, a, b in _machines(run.environment, machine) if a != b]
@@ -407,14 +407,21 @@ def _with_score(run: SeedRun, file: Path, digest: str) -> SeedRun:
     return replace(run, summary=merged, adapted=file, adapted_on=machine)
 
 
-def _scored_text(folder: Path, score: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was scored on, by its ledger: tokens, bytes and hash of the shards."""
-    try:
-        file = folder / Path(score["ledger"]["file"]).name
-        header, _ = read_ledger(file.read_bytes())
-    except (KeyError, TypeError, OSError, LedgerError) as error:
-        raise SubmissionError(f"{folder}: its score has no ledger to compare --scores with: {error}") from None
+def _scored_text(record: Path) -> dict[str, Any]:
+    """What all scores of an audited record are of: tokens, bytes and hash of the shards."""
+    header, _ = ledger_of(record, next(iter(json.loads(record.read_bytes())["scores"].values())))
     return {what: header[what] for what in ("tokens", "bytes", "shards")}
+
+
+def _unproven(run: SeedRun, record: Path) -> str:
+    """Why a record of scores of the run's artifact does not pass the audit; empty where it does."""
+    try:
+        audit_record(record, **known_of(run.model))
+    except LedgerError as error:
+        return str(error)
+    except artifact.ArtifactError as error:
+        return f"{run.path}/model.pga: {error}"
+    return ""
 
 
 def _refusals(runs: Sequence[SeedRun], code_bytes: int) -> list[str]:
@@ -422,9 +429,6 @@ def _refusals(runs: Sequence[SeedRun], code_bytes: int) -> list[str]:
     first = runs[0]
     reasons = []
     for run in runs:
-        recorded, found = run.summary["artifact"]["sha256"], hashlib.sha256(run.model).hexdigest()
-        if found != recorded:
-            reasons.append(f"{run.path}/model.pga has sha256 {found}, the record {recorded}: not the run's artifact")
         total = len(run.model) + code_bytes
         if total > ARTIFACT_LIMIT:
             reasons.append(

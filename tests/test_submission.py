@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -21,10 +20,11 @@ from gpt import artifact, bundle, review, submission
 from gpt.config import ROOT, load_config
 from gpt.data import open_shard, write_shard
 from gpt.folder import seed_log, settings, submission_json
-from gpt.ledger import audit_record, read, seal, write
+from gpt.ledger import audit_record, read, seal
 from gpt.record import RecordError, read_config
 from gpt.submission import VAL_BYTES, Facts, SeedRun, SubmissionError, canonical, gather, leaking
 from tests.test_bundle import sample_data, script, small_run
+from tests.test_ledger import relink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,18 +51,25 @@ def handed_in(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+@pytest.fixture(scope="module")
+def leak(runs: list[Path]) -> Path:
+    """A finished run, seed 5, that was fine-tuned on validation."""
+    settings = {"SEED": "5", "PRE_QUANT": "validation", "ALLOW_LEAK": "1", "PRE_QUANT_EPOCHS": "1"}
+    return small_run(runs[0].parent.parent / "data", runs[0].parent, "leaks", **settings)
+
+
 def hand_in(*arguments: str | Path) -> int:
     return quantize.main(["submission", *map(str, arguments)])
 
 
 def doctored(run: Path, folder: Path, file: str = "", change: Callable[[dict[str, Any]], object] = dict) -> Path:
-    """A copy of a run, one of its records changed."""
+    """A copy of a run, one of its records changed, and sealed again."""
     copy = folder / run.name
     shutil.copytree(run, copy)
     if file:
         record = json.loads((copy / file).read_text())
         change(record)
-        (copy / file).write_text(json.dumps(record))
+        (copy / file).write_text(json.dumps(seal(record) if "seal" in record else record))
     return copy
 
 
@@ -296,11 +303,11 @@ def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
         assert review.review(tmp_path).table()
 
 
-def test_what_is_refused(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = runs
     number = iter(range(100))
 
-    def refusal(*paths: Path, declared: tuple[str, ...] = ("non-canonical",), **settings: str) -> str:
+    def refusal(*paths: Path, declared: tuple[str, ...] = ("non-canonical",), **settings: Any) -> str:
         with pytest.raises(SubmissionError) as error:
             gathered(paths, declared=declared, **settings)
         return str(error.value)
@@ -314,7 +321,20 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path, monkeypatch: pytest.M
     assert re.search(rf"artifact {digest} is shared by .*run-7 and .*run-42", refusal(first, shared, third))
     swapped = changed(second)
     shutil.copy(first / "model.pga", swapped)
-    assert "not the run's artifact" in refusal(first, swapped, third)
+    said = f"{swapped}/summary.json: of artifact .*, the file has {digest}"
+    assert re.search(said, refusal(first, swapped, third))
+    (swapped / "model.pga").write_bytes(b"nothing")
+    assert f"{swapped}/model.pga: 7 bytes, wanted an artifact" in refusal(first, swapped, third)
+    better = changed(second, "summary.json", lambda r: r["scores"]["artifact"].update(bpb=1.0))
+    said = f"{better}/summary.json: score 'artifact': record: bpb 1.0, the ledger has"
+    assert said in refusal(first, better, third)
+    assert said in refusal(first, better, third, scores=[first])  # before scores are looked at
+    unsealed = changed(second)
+    (unsealed / "summary.json").write_text((second / "summary.json").read_text().replace('"steps": 4', '"steps": 3'))
+    assert f"{unsealed}/summary.json: the seal is not that of the record" in refusal(first, unsealed, third)
+    without = changed(second)
+    (without / "summary-ema.ledger.gz").unlink()
+    assert f"{without}/summary.json: score 'ema': [Errno 2]" in refusal(first, without, third)
     other = changed(second, "config.json", lambda r: r.update(matrix_lr=0.5))
     assert "different configurations: matrix_lr 0.5, 0.02" in refusal(first, other, third)
     assert "seed 42 is shared by" in refusal(first, changed(first), third)
@@ -332,8 +352,10 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path, monkeypatch: pytest.M
 
     assert "--declare few-seeds" in refusal(first, second)
     assert "scored 2,000 tokens" in refusal(*runs, declared=())
-    leak = changed(second, "summary.json", lambda r: r.update(leaking=True))
-    assert "stamped as leaking" in refusal(first, leak, third)
+    stamped = changed(second, "environment.json", lambda r: r.update(leaking=True))
+    assert "stamped as leaking" in refusal(first, stamped, third)
+    hidden = changed(leak, "summary.json", lambda r: r.update(leaking=False))
+    assert f"{hidden}/summary.json: leaking False, the artifact says True" in refusal(hidden)
     rebuilt = changed(second, "environment.json", lambda r: r.update(code_sha256="0" * 64))
     assert "ran with other code than stands here" in refusal(first, rebuilt, third)
     slow = changed(second, "summary.json", lambda r: r.update(calibration_seconds=600.0))
@@ -343,28 +365,28 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path, monkeypatch: pytest.M
     )
     assert "wanted one of few-seeds" in refusal(*runs, declared=("nothing",))
     assert "1.0527 in name or blurb" in refusal(*runs, name="1.0527 at last")
-    both = refusal(first, leak, declared=())
-    assert all(f"(--declare {kind}" in both for kind in ("few-seeds", "leaking", "non-canonical"))
+    every = refusal(leak, declared=())
+    assert all(f"(--declare {kind}" in every for kind in ("few-seeds", "leaking", "non-canonical"))
     monkeypatch.setattr(submission, "ARTIFACT_LIMIT", 100_000)
     assert re.search(r"bytes of model and [\d,]+ of code are [\d,]+, wanted at most 100,000", refusal(*runs))
 
 
-def test_what_is_declared_is_stamped(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    leak = doctored(runs[0], tmp_path, "summary.json", lambda r: r.update(leaking=True))
+def test_what_is_declared_is_stamped(leak: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     wrong = (*OPTIONS, "--declare", "few-seeds")
-    assert hand_in(leak, runs[1], "--out", out, *wrong) == 2
+    assert hand_in(leak, "--out", out, *wrong) == 2
     assert "stamped as leaking" in capsys.readouterr().err
     assert not out.exists()
-    assert hand_in(leak, runs[1], "--out", out, *wrong, "--declare", "leaking") == 0
-    assert hand_in(leak, runs[1], "--out", out, *wrong, "--declare", "leaking") == 2
+    assert hand_in(leak, "--out", out, *wrong, "--declare", "leaking") == 0
+    assert hand_in(leak, "--out", out, *wrong, "--declare", "leaking") == 2
     assert "wanted a new folder" in capsys.readouterr().err
-    for name in ("README.md", "train_seed7.log", "train_seed42.log"):
+    for name in ("README.md", "train_seed5.log"):
         text = (out / name).read_text()
         assert all(stamp in text for stamp in ("LEAKING", "NON-CANONICAL", "FEWER THAN THREE SEEDS"))
     found = {row.name: row.verdict for row in review.review(out).rows}
     assert "FAIL" not in found.values()
-    assert found["leak stamps"] == found["number of seeds"] == found["validation"] == "declared"
+    declared = ("leak stamps", "training before scoring", "number of seeds", "validation")
+    assert [found[name] for name in declared] == ["declared"] * 4
     assert not list(tmp_path.glob(".out-*"))
 
 
@@ -468,10 +490,15 @@ def test_test_time_training_that_is_refused(runs: list[Path], adapted: list[Path
         (lambda r: chunk(r).update(bpb=1.0), True, "record: bpb 1.0, the ledger has"),
         (lambda r: r.update(leaking=True), True, "leaking True, the artifact says False"),
         (lambda r: r.update(artifact_sha256=json.loads(first.read_text())["artifact_sha256"]), True, "wanted one for"),
-        (lambda r: chunk(r)["settings"].update(lr=0.01), True, "the ledger has {'lr': 0.005"),
-        (lambda r: chunk(r)["settings"].pop("lr"), True, "wanted all of chunk"),
-        (lambda r: chunk(r).update(seconds=-1.0), True, "seconds -1.0"),
-        (lambda r: r["scores"].update(again=chunk(r)), True, "several scores with chunk"),
+        (lambda r: chunk(r)["settings"].update(lr=0.01), True, "settings {'lr': 0.005"),
+        (lambda r: chunk(r)["settings"].update(lr=0.01), True, "the record says {'lr': 0.01, "),
+        (lambda r: chunk(r).update(seconds=-1.0), True, "record: seconds -1.0, wanted a number of 0 or more"),
+        (lambda r: r["scores"].update({"chunk-again": chunk(r)}), True, "several scores with chunk"),
+        (
+            lambda r: r["scores"].update({"ema-chunk": r["scores"].pop(name_of(r, "chunk"))}),
+            True,
+            'header: form "chunk" by the name of ema-chunk',
+        ),
         (lambda r: r.update(scores={"plain": r["scores"]["plain"]}), True, "no score with test-time training"),
         (lambda r: r["environment"].update(world_size=8), True, "on another machine than"),
         (lambda r: r.pop("environment"), True, "does not say on what machine"),
@@ -482,15 +509,13 @@ def test_test_time_training_that_is_refused(runs: list[Path], adapted: list[Path
         said = refusal(first, record, third)
         assert wanted in said
         assert str(record) in said
-    # Called a score of EMA weights, which the audit ties to no artifact.
-    record = changed(lambda r: r["scores"].update({"ema-chunk": r["scores"].pop(name_of(r, "chunk"))}))
-    told = json.loads(record.read_text())
-    ledger = record.parent / told["scores"]["ema-chunk"]["ledger"]["file"]
-    header, lines = read(ledger.read_bytes())
-    ledger.write_bytes(write({**header, "artifact": None}, lines))
-    told["scores"]["ema-chunk"]["ledger"]["sha256"] = hashlib.sha256(ledger.read_bytes()).hexdigest()
-    record.write_text(json.dumps(seal(told)))
-    assert f"{record}: ema-chunk: began with other weights" in refusal(first, record, third)
+    # Settings that record and ledger agree on, but which --ttt does not take.
+    record = changed(lambda r: chunk(r)["settings"].pop("lr"))
+    file = record.parent / chunk(json.loads(record.read_text()))["ledger"]["file"]
+    header, lines = read(file.read_bytes())
+    header["settings"].pop("lr")
+    relink(record, file, header, lines)
+    assert re.search(rf"{record}: chunk.*: wanted all of chunk, as --ttt takes", refusal(first, record, third))
     # Honest records: of other settings, and of another text.
     forms = (CHUNK.replace("0.005", "0.01"), PHASED)
     other = scored(runs[1], tmp_path, runs[1].parent.parent / "data", *forms)
@@ -502,22 +527,20 @@ def test_test_time_training_that_is_refused(runs: list[Path], adapted: list[Path
     tokens = np.array(open_shard(runs[1].parent.parent / "data/fineweb_val_000000.bin"))
     write_shard(data / "fineweb_val_000000.bin", tokens[:1001])
     short = scored(runs[1], data, data, CHUNK, PHASED)
-    assert re.search(rf"{short}: chunk.* is of another text than {runs[1]} was", refusal(first, short, third))
+    assert re.search(f"{short}: is of another text than {runs[1]} was", refusal(first, short, third))
 
 
-def test_test_time_training_of_a_model_that_leaks(tmp_path: Path) -> None:
-    data = sample_data(tmp_path / "data")
-    run = small_run(data, tmp_path / "runs", "leaks", PRE_QUANT="validation", ALLOW_LEAK="1", PRE_QUANT_EPOCHS="1")
-    record = scored(run, tmp_path, data, CHUNK)
+def test_test_time_training_of_a_model_that_leaks(leak: Path, tmp_path: Path) -> None:
+    record = scored(leak, tmp_path, leak.parent.parent / "data", CHUNK)
     owned = ("non-canonical", "few-seeds")
     with pytest.raises(SubmissionError, match="stamped as leaking"):
-        gathered([run], declared=owned, scores=[record])
-    facts = gathered([run], declared=(*owned, "leaking"), scores=[record])
+        gathered([leak], declared=owned, scores=[record])
+    facts = gathered([leak], declared=(*owned, "leaking"), scores=[record])
     assert not facts.compliance["score_first_ttt"]
     told = json.loads(record.read_text())
     record.write_text(json.dumps(seal({**told, "leaking": False})))
     with pytest.raises(SubmissionError, match="leaking False, the artifact says True"):
-        gathered([run], declared=(*owned, "leaking"), scores=[record])
+        gathered([leak], declared=(*owned, "leaking"), scores=[record])
 
 
 def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path: Path) -> None:
@@ -526,10 +549,17 @@ def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path:
         copy = doctored(
             run, tmp_path, "environment.json", lambda r: r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
         )
-        summary = json.loads((copy / "summary.json").read_text())
-        for score in summary["scores"].values():
-            score.update(tokens=40_541_000, bytes=VAL_BYTES - 12)
-        (copy / "summary.json").write_text(json.dumps(summary))
+        path, tokens, size = copy / "summary.json", 40_541_000, VAL_BYTES - 12
+        for name in ("ema", "artifact", "artifact_sliding"):  # the last line goes on to the end of a longer text
+            summary = json.loads(path.read_text())
+            score = summary["scores"][name]
+            score.update(tokens=tokens, bytes=size, nats_per_token=score["nats"] / tokens)
+            score.update(bpb=score["nats"] / math.log(2) / size)
+            path.write_text(json.dumps(summary))
+            file = copy / score["ledger"]["file"]
+            header, lines = read(file.read_bytes())
+            lines[-1][2], lines[-1][5] = tokens, lines[-1][5] + size - header["bytes"]
+            relink(path, file, {**header, "tokens": tokens, "bytes": size}, lines)
         canonical_runs.append(copy)
     facts = gathered(canonical_runs)
     about = submission_json(facts)
