@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT
+from gpt.ledger import FIXED, LedgerError, audit_record
 from gpt.submission import (
     COMPLIANCE,
     DECLARATIONS,
@@ -26,7 +27,9 @@ from gpt.submission import (
     VAL_BYTES,
     VAL_TOKENS,
     canonical,
+    known_of,
     leaking,
+    spelled,
 )
 
 Verdict = Literal["ok", "FAIL", "declared", "unknown"]
@@ -242,7 +245,8 @@ def review(path: Path) -> Review:
     folder = Folder.read(path, found)
     absent = [name for name in FIELDS if folder.about.get(name) in (None, "")]
     found.row("fields", not absent, f"no {', '.join(absent)}" if absent else "all", ", ".join(FIELDS))
-    for check in (_program, _seeds, _sizes, _artifacts, _figures, _settings, _validation, _times, _leaks, _declared):
+    checks = (_program, _seeds, _sizes, _artifacts, _figures, _ledgers, _settings, _validation, _times, _leaks)
+    for check in (*checks, _declared):
         check(found, folder)
     return found
 
@@ -432,6 +436,36 @@ def _figures(found: Review, folder: Folder) -> None:
         figures = [figure for figure in re.findall(pattern, text, re.I) if 0.3 < float(figure) < 10]
         same = all(agree(bpb, figure) for figure in figures) if figures else None
         found.row(f"val_bpb in README's {what}", same, ", ".join(figures) or "none", bpb)
+
+
+def _ledgers(found: Review, folder: Folder) -> None:
+    """Records of scores with test-time training: the audit of each, and whether its figures are those of the JSON."""
+    score = folder.about.get("score")
+    score = score if isinstance(score, dict) else {}
+    files = {digest(path): path for path in models(folder.path) if path.suffix == ".pga"}
+    for seed, result in folder.results.items():
+        path = folder.path / f"scores_seed{seed}/score.json"
+        if not path.is_file():
+            if score.get("ttt"):
+                found.row(f"audit of {seed}", None, "no record of its scores", path.relative_to(folder.path))
+            continue
+        sha256 = str(result.get("artifact_sha256"))
+        try:
+            known = known_of(files[sha256].read_bytes()) if sha256 in files else {"artifact": sha256}
+            findings = audit_record(path, **known)
+        except (LedgerError, artifact.ArtifactError) as error:
+            found.row(f"audit of {seed}", False, error, "a record that passes quantize.py audit")
+            continue
+        leaks = any(one.leaking for one in findings.values())
+        said = f"{len(findings)} scores, {'LEAKING' if leaks else 'each token scored before it trained any weights'}"
+        found.row(f"audit of {seed}", not leaks, said, "not leaking", "leaking" in folder.declared)
+        if not score.get("ttt"):
+            continue
+        adapted = [one for one in json.loads(path.read_bytes())["scores"].values() if one["form"] not in FIXED]
+        scored = {spelled(one): (round(one["bpb"], 8), one["tokens"], one["bytes"]) for one in adapted}
+        wanted = number(result, "val_bpb"), *(number(folder.about, name) for name in ("val_tokens", "val_bytes"))
+        own = scored.get(str(score["ttt"]))
+        found.row(f"audited score of {seed}", own == wanted, own, f"{wanted}, BPB, tokens and bytes of the JSON")
 
 
 def _settings(found: Review, folder: Folder) -> None:

@@ -448,7 +448,33 @@ def test_test_time_training_is_handed_in(
         assert audit_record(kept, artifact=about["seed_results"][str(seed)]["artifact_sha256"], leaking=False)
     capsys.readouterr()
     assert quantize.main(["check", str(out)]) == 0
-    assert re.search(r"^0 FAIL, 2 declared, 0 unknown, \d\d ok$", capsys.readouterr().out, re.M)
+    printed = capsys.readouterr().out
+    assert re.search(r"^0 FAIL, 2 declared, 0 unknown, \d\d ok$", printed, re.M)
+    assert len(re.findall(r"^ok +audit of \d+ +3 scores, each token scored before it trained", printed, re.M)) == 3
+    assert len(re.findall(r"^ok +audited score of ", printed, re.M)) == 3
+
+    # Records and ledgers that are not what the folder says: seven's of another artifact, forty-two's with another
+    # figure, and none of the third. Where the artifact is not there, its name is.
+    doctored = tmp_path / "doctored"
+    shutil.copytree(out, doctored)
+    (doctored / "model_seed7.pga").unlink()
+    shutil.copytree(doctored / "scores_seed42", doctored / "scores_seed7", dirs_exist_ok=True)
+    path = doctored / "scores_seed42/score.json"
+    told = json.loads(path.read_text())
+    next(score for score in told["scores"].values() if score["form"] == "chunk").update(bpb=1.0)
+    path.write_text(json.dumps(seal(told)))
+    shutil.rmtree(doctored / "scores_seed1000")
+    rows = {row.name: row for row in review.review(doctored).rows}
+    assert re.search("score.json: of artifact .*, the file has", rows["audit of 7"].found)
+    assert "record: bpb 1.0, the ledger has" in rows["audit of 42"].found
+    verdicts = [rows[f"audit of {seed}"].verdict for seed in (7, 42, 1000)]
+    assert verdicts == ["FAIL", "FAIL", "unknown"]
+    # An honest record of a score that is not the one handed in.
+    edited("submission.json", r'"ttt": "chunk,lr=0.005', '"ttt": "chunk,lr=0.004')(doctored)
+    shutil.copytree(out / "scores_seed42", doctored / "scores_seed42", dirs_exist_ok=True)
+    rows = {row.name: row for row in review.review(doctored).rows}
+    assert (rows["audit of 42"].verdict, rows["audited score of 42"].verdict) == ("ok", "FAIL")
+
     # Figures of another way of scoring, or other settings, than the log has.
     edited("train_seed42.log", r"(quantized_ttt_chunk .* val_bpb:\d\.\d\d)\d", r"\g<1>x")(out)
     edited("train_seed7.log", "ttt:chunk,lr=0.005", "ttt:chunk,lr=0.004")(out)
