@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels import matmul, residual, rotary
-from kernels.launch import DTYPES, expect
+from kernels.launch import DTYPES
 from kernels.rotary import expect_rotary
 
 
@@ -150,8 +150,8 @@ def attention_input(
         raise ValueError(f"attention_input wants skip (saved x, weight, gate) or None; got {len(skip)} of them")
     saved, skip_weight, skip_gate = skip or (None, None, None)
     vector = x.shape[-1:]
-    expect(
-        "attention_input",
+    expect_rotary(
+        "attention_input", head_dim, gain, cos, sin, x.size(1),
         x=(x, x.shape, DTYPES),
         x0=(x0, x.shape, x.dtype),
         mix=(mix, (2, *vector), torch.float32),
@@ -159,11 +159,7 @@ def attention_input(
         skip_weight=(skip_weight, vector, torch.float32),
         skip_gate=(skip_gate, vector, torch.float32),
         weight=(weight, weight.shape, x.dtype),
-        gain=(gain, gain.shape, torch.float32),
-        cos=(cos, cos.shape, torch.float32),
-        sin=(sin, cos.shape, torch.float32),
-    )
-    expect_rotary("attention_input", head_dim, gain, cos, sin, x.size(1))
+    )  # fmt: skip
     # torch.compile takes a tensor only once among the inputs of a Function: x is x0 in the first layer, and what was
     # saved last in the first layer that has a skip.
     if x is x0:

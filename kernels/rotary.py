@@ -164,10 +164,10 @@ def _backward(grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, queries, 
 
 def expect_rotary(op: str, dim: int, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int, **others):
     """Raise ValueError unless heads of `dim` can be rotated by these angles at `length` positions; others: `expect`."""
-    half = cos.shape[-1]
+    half = cos.shape[-1] if cos.dim() == 2 else 0
     if dim not in HEAD_DIMS:
         raise ValueError(f"{op} wants a head dimension among {HEAD_DIMS}; got {dim}")
-    if cos.dim() != 2 or half < 1 or half & (half - 1) or 2 * half > dim:
+    if half < 1 or half & (half - 1) or 2 * half > dim:
         raise ValueError(f"{op} wants cos (T, R/2), R a power of two up to the head's {dim}; got {tuple(cos.shape)}")
     if cos.shape[0] < length:
         raise ValueError(f"{op} wants cos of at least {length} positions; got {tuple(cos.shape)}")
