@@ -448,7 +448,7 @@ def _backward(
     grad_y, delta = torch.empty_like(z), torch.empty_like(lse)
     config = settings("attention", q.device)[str(dim)]
 
-    prepare = config["prepare"]
+    prepare = config["prepare"]  # its blocks of tokens are those of the Hopper kernels, where these are used
     blocks = triton.cdiv(length, prepare["BLOCK_T"])
     document_ends = torch.empty((batch, blocks, 2), dtype=torch.int32, device=q.device) if documents else None
     attention_bwd_prepare_kernel[(batch * kv, blocks)](
@@ -580,9 +580,19 @@ attention_qkv_op.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
 def document_starts(
     starts: torch.Tensor,  # (B, T) bool, True on the first token of a document
 ) -> torch.Tensor:  # (B, T) int32
-    """For each token the position in its row of the first token of its document: attention's document_starts."""
+    """For each token the position in its row of the first token of its document: attention's document_starts.
+
+    Raises ValueError, naming what was found, where starts is not bool (B, T).
+    """
+    if starts.dim() != 2 or starts.dtype != torch.bool:
+        raise ValueError(f"document_starts wants starts (B, T) torch.bool; got {tuple(starts.shape)} {starts.dtype}")
     position = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
     return torch.where(starts, position, 0).cummax(1).values
+
+
+def longest(dim: int) -> int:
+    """Tokens of a row for heads of `dim`: blocks of them are the second axis of a grid, which has at most 65,535."""
+    return 65535 * (16 if dim < 64 else 64)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_starts: torch.Tensor | None) -> None:
@@ -597,6 +607,11 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_starts: t
         )
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f"attention wants a head dimension among {HEAD_DIMS}; got {q.shape[3]}")
+    if q.shape[1] > longest(q.shape[3]) or q.shape[1] * q.shape[2] * q.shape[3] >= 2**31:
+        raise ValueError(
+            f"attention wants rows of at most {longest(q.shape[3]):,} tokens and fewer than 2**31 elements; "
+            f"got q {tuple(q.shape)}"
+        )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"attention wants q, k, v of one dtype among {DTYPES}; got {q.dtype}, {k.dtype}, {v.dtype}")
     tensors = {"q": q, "k": k, "v": v}
@@ -636,6 +651,10 @@ def attention(
     deterministic (bool):
         Sum the gradients in a fixed order, so that repeated runs agree to the bit. The default adds grad_q atomically
         on Hopper and is faster there; elsewhere both are the same. Default: ``False``.
+
+    Returns ``[B, T, H, D]``, contiguous, of q's dtype. Raises ValueError, naming what was found and what was wanted,
+    for other shapes, dtypes, strides or devices, and rows of more than ``longest(D)`` tokens or of 2**31 elements.
+    What document_starts holds is not checked: that would wait for the GPU.
     """
     _check(q, k, v, document_starts)
     return torch.ops.golf.attention(q, k, v, document_starts, deterministic)[0]
@@ -647,7 +666,10 @@ def attention_qkv(
     document_starts: torch.Tensor | None = None,  # (B, T)
     deterministic: bool = False,
 ) -> torch.Tensor:  # (B, T, H, D)
-    """`attention` of the heads of one tensor, H of queries, G of keys, G of values; its gradient is one tensor too."""
+    """`attention` of the heads of one tensor, H of queries, G of keys, G of values; its gradient is one tensor too.
+
+    Raises ValueError as `attention` does.
+    """
     if qkv.dim() != 4 or not 0 < 2 * kv_heads < qkv.shape[2]:
         raise ValueError(
             "attention_qkv wants qkv (B, T, H + 2 G, D) and G as kv_heads; "

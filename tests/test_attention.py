@@ -74,7 +74,9 @@ def run_qkv(x, g, starts, heads, kv_heads, dim, deterministic=False):
 # ------------------------------------------------------------------------------------------- on the CPU, interpreted
 @interpreted
 @pytest.mark.parametrize("documents", [None, 0.06, 1.0])
-@pytest.mark.parametrize("shape", [(2, 37, 4, 2, 16), (1, 33, 3, 3, 32), (1, 1, 2, 1, 16), (1, 65, 2, 1, 16)])
+@pytest.mark.parametrize(
+    "shape", [(2, 37, 4, 2, 16), (1, 33, 3, 3, 32), (1, 1, 2, 1, 16), (1, 65, 2, 1, 16), (1, 70, 2, 1, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_interpreted_values(shape, documents, dtype, poisoned):
     x, g, starts = make(*shape, dtype, "cpu", documents)
@@ -92,6 +94,18 @@ def test_interpreted_packed(shape, documents, poisoned):
     truth = run(torch_attention, x.double(), g.double(), starts, *shape[2:])
     for name, a, b in zip(NAMES, run_qkv(x, g, starts, *shape[2:]), truth, strict=True):
         assert error(a, b) <= 2e-6, name
+
+
+@interpreted
+@pytest.mark.parametrize("size", [0.0, 1e-13, 1e-12, 1e18])
+def test_values_about_the_floor_of_their_norm(size):
+    """Under the floor v^ is v / 1e-12, and the norm's own gradient is left out."""
+    x, g, _ = make(1, 20, 2, 1, 16, torch.float32, "cpu")
+    x[..., -16:] *= size
+    ours, truth = run(attention, x, g, None, 2, 1, 16), run(torch_attention, x.double(), g.double(), None, 2, 1, 16)
+    for name, a, b in zip(NAMES, ours, truth, strict=True):
+        assert torch.isfinite(a).all(), name
+        assert (a.double() - b).norm() <= 2e-6 * b.norm(), name
 
 
 @interpreted
@@ -132,12 +146,35 @@ def test_registration():
         ({"document_starts": torch.zeros(1, 8, dtype=torch.int64)}, "document_starts int32"),
         ({"document_starts": torch.zeros(1, 7, dtype=torch.int32)}, r"\(1, 7\)"),
         ({"q": torch.zeros(1, 8, 16, 4).transpose(2, 3)}, "last dimension contiguous"),
+        ({"k": torch.zeros(1, 8, 2, 16, dtype=torch.float16)}, "torch.float32, torch.float16, torch.float32"),
+        ({name: torch.zeros(1, 8, 2, 48) for name in "qkv"}, "head dimension among .* got 48"),
+        ({name: torch.zeros(1, 0, 2, 16) for name in "qkv"}, r"none empty; got q \(1, 0, 2, 16\)"),
+        ({name: torch.zeros(1, 1, 2, 16).expand(1, 1048561, 2, 16) for name in "qkv"}, "at most 1,048,560 tokens"),
+        ({name: torch.zeros(1, 1, 1, 16).expand(1, 2**20 - 16, 130, 16) for name in "qkv"}, r"2\*\*31 .* 130, 16"),
+        ({"document_starts": torch.zeros(1, 16, dtype=torch.int32)[:, ::2]}, "contiguous document_starts"),
+        ({"document_starts": torch.zeros(1, 8, dtype=torch.int32, device="meta")}, "q on cpu, document_starts on meta"),
     ],
 )
 def test_errors_name_what_was_found(change, message):
     arguments = {name: torch.zeros(1, 8, heads, 16) for name, heads in (("q", 4), ("k", 2), ("v", 2))} | change
     with pytest.raises(ValueError, match=message):
         attention(**arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("starts", [torch.zeros(8, dtype=torch.bool), torch.zeros(1, 8, dtype=torch.int32)])
+def test_bad_starts_are_named(starts):
+    with pytest.raises(ValueError, match=rf"starts \(B, T\) torch.bool; got .* {starts.dtype}"):
+        module.document_starts(starts)
+
+
+@pytest.mark.parametrize("gpu_name", ["h100", "generic"])
+def test_blocks_of_tokens_are_what_others_take_them_for(gpu_name):
+    for dim, config in configs(gpu_name)["attention"].items():
+        block = config["prepare"]["BLOCK_T"]
+        assert module.longest(int(dim)) <= 65535 * min(block, 64)  # 64: of the kernel that finishes grad_q
+        # The Hopper backward reads delta, and where documents end, by blocks of 64.
+        assert block == 64 or "backward_hopper" not in config
 
 
 @interpreted
