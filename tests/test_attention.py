@@ -97,6 +97,43 @@ def test_interpreted_packed(shape, documents, poisoned):
 
 
 @interpreted
+def test_documents_that_begin_about_the_edges_of_tiles(poisoned):
+    shape = (1, 70, 2, 1, 16)
+    x, g, _ = make(*shape, torch.float32, "cpu")
+    first = torch.zeros(1, 70, dtype=torch.bool)
+    first[0, [0, 15, 31, 33, 48, 63, 69]] = True
+    starts = module.document_starts(first)
+    truth = run(torch_attention, x.double(), g.double(), starts, *shape[2:])
+    for name, a, b in zip(NAMES, run(attention, x, g, starts, *shape[2:]), truth, strict=True):
+        assert error(a, b) <= 2e-6, name
+
+
+@interpreted
+def test_tiles_of_other_documents_are_not_read():
+    """NaN in the documents before and after one does not reach it, as it would if their tiles were masked."""
+    x, g, _ = make(1, 160, 2, 1, 16, torch.float32, "cpu")
+    alone = run(attention, x[:, 64:128], g[:, 64:128], None, 2, 1, 16)
+    for y in (x, g):
+        y[:, :64] = y[:, 128:] = float("nan")
+    starts = (torch.arange(160, dtype=torch.int32) // 64 * 64)[None]
+    for name, a, b in zip(NAMES, run(attention, x, g, starts, 2, 1, 16), alone, strict=True):
+        assert error(a[:, 64:128], b.double()) <= 1e-6, name
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "change",
+    [lambda g: torch.ones(()).expand_as(g), lambda g: g.transpose(1, 3).contiguous().transpose(1, 3)],
+    ids=["expanded", "transposed"],
+)
+def test_gradients_of_any_strides(change):
+    x, g, starts = make(2, 20, 2, 1, 16, torch.float32, "cpu", 0.1)
+    g = change(g)
+    ours = run(attention, x, g, starts, 2, 1, 16)
+    assert all(map(torch.equal, ours, run(attention, x, g.contiguous(), starts, 2, 1, 16)))
+
+
+@interpreted
 @pytest.mark.parametrize("size", [0.0, 1e-13, 1e-12, 1e18])
 def test_values_about_the_floor_of_their_norm(size):
     """Under the floor v^ is v / 1e-12, and the norm's own gradient is left out."""
