@@ -47,7 +47,8 @@ def programs(per_processor: int, blocks: int, device: torch.device) -> int:
 
 
 def expect_one_gpu(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Raise ValueError unless all tensors that are given lie on one GPU; in the interpreter, on one device."""
+    """Raise ValueError unless all tensors that are given lie on one GPU, the current one, where kernels are launched;
+    in the interpreter, on one device."""
     (name, first), *_ = ((name, x) for name, x in tensors.items() if x is not None)
     for other, x in tensors.items():
         if x is not None and (x.device != first.device or not (x.is_cuda or INTERPRET)):
@@ -55,6 +56,11 @@ def expect_one_gpu(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
                 f"{op} wants every tensor on one CUDA device (or TRITON_INTERPRET=1 for the CPU); "
                 f"got {name} on {first.device}, {other} on {x.device}"
             )
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"{op} wants its tensors on the current device, cuda:{torch.cuda.current_device()} "
+            f"(with torch.cuda.device(...) changes it); got {name} on {first.device}"
+        )
 
 
 def expect(

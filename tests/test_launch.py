@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import launch
-from tests.kernel_tools import compiled, interpreted
+from tests.kernel_tools import compiled, gpu, interpreted
 
 FOLDER = Path(launch.__file__).parent / "configs"
 
@@ -51,3 +51,13 @@ def test_one_device() -> None:
 def test_a_gpu_or_the_interpreter() -> None:
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         launch.expect_one_gpu("op", {"a": torch.zeros(1)})
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_the_current_gpu() -> None:
+    x = torch.zeros(1, device="cuda:1")
+    with pytest.raises(ValueError, match=r"current device, cuda:0 .* got a on cuda:1"):
+        launch.expect_one_gpu("op", {"a": x})
+    with torch.cuda.device(1):
+        launch.expect_one_gpu("op", {"a": x})
