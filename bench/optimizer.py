@@ -9,7 +9,7 @@ framework: that, AdamW(fused=True) and foreach operations; `gram-newton-schulz` 
 within) where it is installed, with the kernels of quack where that is. TFLOP/s count the three products of an iteration
 in full, whoever computes half of the symmetric ones. Errors are the worst of the first and the last matrix of every
 bank against float64, relative, Frobenius; of a step: of the change of the weights. Writes
-bench/results/optimizer-<gpu>.json, .png.
+bench/results/optimizer-<gpu>.json, after every case, and .png.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,7 @@ def one_step(impl: str, ranks: int) -> tuple[float, dict[str, float]]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--out", type=Path, help="result file; default bench/results/optimizer-<gpu>.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -299,13 +300,10 @@ def main(arguments: list[str]) -> int:
         return 2
     measured = ceilings()
     print(f"{torch.cuda.get_device_name()}: {measured}")
-    rows = []
+    command = " ".join(["python -m bench.optimizer", *arguments])
     for case in options.cases:
-        rows += measure_newton_schulz(case, measured["bf16_tflops"])
-        rows += measure_step(case)
-    path, rows = write_result(
-        "optimizer", " ".join(["python -m bench.optimizer", *arguments]), measured, rows, options.out
-    )
+        for measure in (partial(measure_newton_schulz, ceiling=measured["bf16_tflops"]), measure_step):
+            path, rows = write_result("optimizer", command, measured, measure(case), options.out)
     draw_panels(rows, f"ms and percent of the ceiling, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
     print(path)
     return 0

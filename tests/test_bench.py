@@ -262,6 +262,27 @@ def bench_scoring(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str
     return code, json.loads(out.read_text())
 
 
+def test_the_optimizers_cases_are_kept_as_they_come(tmp_path: Path, on_gpu: pytest.MonkeyPatch) -> None:
+    """What a limit cuts short leaves a file of all that was measured before it."""
+    out, seen = tmp_path / "optimizer.json", list[list[tuple[str, str]]]()
+
+    def measure(op: str, case: str) -> list[dict[str, Any]]:
+        if out.exists():
+            seen.append([(row["op"], row["case"]) for row in json.loads(out.read_text())["rows"]])
+        if (op, case) == ("optimizer_step", "rank-of-8"):
+            raise KeyboardInterrupt
+        return [{"op": op, "case": case, "impl": "triton", "ms": 1.0, "percent_of_ceiling": None}]
+
+    on_gpu.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu.setattr(optimizer, "ceilings", lambda: {"bf16_tflops": 780.0})
+    on_gpu.setattr(optimizer, "measure_newton_schulz", lambda case, ceiling: measure("newton_schulz", case))
+    on_gpu.setattr(optimizer, "measure_step", lambda case: measure("optimizer_step", case))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.main(["--out", str(out)])
+    ops = [("newton_schulz", "all-banks"), ("optimizer_step", "all-banks"), ("newton_schulz", "rank-of-8")]
+    assert seen == [ops[:1], ops[:2], ops]
+
+
 def test_scoring_says_gains_and_projections_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, record = bench_scoring(tmp_path, monkeypatch, "--ttt", TTT[0], "--ttt", TTT[1])
     assert code == 0
