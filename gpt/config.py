@@ -148,6 +148,9 @@ class Config(BaseModel):
     grad_clip_norm: float = Field(0.3, ge=0)
     """Largest norm of the averaged gradient; 0 for no clipping."""
     ema_decay: float = Field(0.9965, ge=0, lt=1)
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a gradient norm that is NaN or infinite does: stop the run, or skip the step, for which the host waits for
+    every step's norm. Ten such steps in a row stop the run in any case."""
 
     # Fine-tuning of the averaged weights before they are quantised.
     pre_quant: Literal["none", "train", "validation"] = "none"

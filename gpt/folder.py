@@ -122,6 +122,8 @@ def seed_log(facts: Facts, seed: Seed, run: SeedRun) -> str:
         step = f"step:{entry['step']}/{config.iterations}"
         if "val_loss" in entry:
             lines.append(f"{step} val_loss:{entry['val_loss']:.4f} val_bpb:{entry['val_bpb']:.4f}")
+        elif "skipped" in entry:
+            lines.append(f"{step} {entry['skipped']}")
         else:
             average = f" step_avg:{entry['ms_per_step']:.2f}ms" if entry["ms_per_step"] else ""
             lines.append(

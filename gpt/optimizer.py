@@ -63,8 +63,9 @@ class Optimizer:
     (not in a captured one: after it), and one all-reduce of all other gradients in a flat bucket; clip by the norm of
     the averaged gradient; momentum, Nesterov and Newton-Schulz of this rank's share of all banks together; the
     all-gather of each bank's update, during which AdamW runs and the banks gathered before are updated. Every update
-    takes the EMA along. Nothing in a step waits for the GPU, and all that changes from step to step beside the
-    gradients are arguments of the ops' launches. Banks are communicated in the model's dtype, all else in float32.
+    takes the EMA along. Nothing in a step waits for the GPU, unless steps may be skipped, and all that changes from
+    step to step beside the gradients are arguments of the ops' launches. Banks are communicated in the model's dtype,
+    all else in float32.
 
     What can overlap: the model casts each bank once, before its layers, and autograd runs what was made first last. So
     the banks' gradients become final behind those of all layers and of the embedding, in the order mlp_down, mlp_up,
@@ -140,10 +141,16 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float) -> Tensor:
-        """Update weights and EMA from the gradients, which are freed. Returns the gradient norm before clipping, ()."""
+        """Update weights and EMA from the gradients, which are freed. Returns the gradient norm before clipping, ().
+
+        With nonfinite="skip" nothing is updated where that norm is not finite: every rank has the same one.
+        """
         config, ops = self.config, self.model.ops
         shards = self._reduce()
         norm = self._norm(shards)
+        if config.nonfinite == "skip" and not norm.isfinite():  # waits for the device
+            self._free()
+            return norm
         clip = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0) if config.grad_clip_norm else norm.new_ones(())
 
         momenta = [bank.momentum for bank in self.banks]
@@ -177,9 +184,12 @@ class Optimizer:
                 [bank.update_scale for bank in banks],
                 config.ema_decay,
             )
+        self._free()
+        return norm
+
+    def _free(self) -> None:
         for p in self.parameters:
             p.grad = None
-        return norm
 
     def _reduce(self) -> list[Tensor]:
         """This rank's share of each bank's mean gradient; the bucket holds the mean gradient of the rest."""

@@ -44,12 +44,17 @@ class Progress:
         self._settings[step] = lr_factor, len(depth)
 
     def report(self, reports: list[StepReport], clock: Clock) -> None:
-        """Show finished steps and log every train_log_every-th."""
+        """Show finished steps and log every train_log_every-th, and every one that was skipped."""
         for report in reports:
             number = report.step + 1
             factor, layers = self._settings.pop(report.step)
-            self.train_loss = report.loss
             self._bar.update(1)
+            if not math.isfinite(report.gradient_norm):
+                what = f"skipped: loss {report.loss}, gradient norm {report.gradient_norm}"
+                self.run.log({"step": number, "skipped": what})
+                self._say(f"step {number}/{self.config.iterations}  {what}")
+                continue
+            self.train_loss = report.loss
             self._bar.set_postfix_str(self._line(report, clock.step_seconds or None), refresh=False)
             if number % self.config.train_log_every and number != 1:
                 continue

@@ -27,6 +27,7 @@ from gpt.score import Score
 from gpt.ttt import pre_quant_estimate
 
 CHECKPOINT_FORMAT = 2  # of what _save stores
+MOST_SKIPS = 10  # steps in a row
 
 
 class TrainingError(RuntimeError):
@@ -39,7 +40,7 @@ class Trained:
 
     steps: int
     seconds: float  # on the clock
-    train_loss: float  # of the last step, nats per token
+    train_loss: float  # of the last step that was not skipped, nats per token
     depth: tuple[int, ...]  # of the last step
     memory_gib: float | None  # most that was reserved on this rank's GPU
 
@@ -62,6 +63,7 @@ class Trainer:
         self.cap = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else 0.0
         self.depths = tuple(dict.fromkeys((config.depth(False), config.depth_at(config.iterations))))
         self._micro_step = micro_step(model, model.rotary(config.train_seq_len), self.depths)
+        self._skips = 0  # in a row
 
     def warm_up(self) -> float:
         """Run each depth on random tokens, so that everything is compiled and allocated, and restore the state.
@@ -198,7 +200,9 @@ class Trainer:
 
     def _finite(self, reports: list[StepReport]) -> list[StepReport]:
         for report in reports:
-            if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
+            skipped = self.config.nonfinite == "skip" and not math.isfinite(report.gradient_norm)
+            self._skips = self._skips + 1 if skipped else 0
+            if self._skips == MOST_SKIPS or not (skipped or math.isfinite(report.loss + report.gradient_norm)):
                 raise TrainingError(
                     f"step {report.step + 1}: loss {report.loss}, gradient norm {report.gradient_norm}; wanted finite "
                     f"ones. What there is of the run is in {self.run.path}"

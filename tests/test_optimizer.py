@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gpt.optimizer
 from gpt.config import Config, build_config
 from gpt.distributed import Ranks
 from gpt.model import GPT
@@ -22,6 +23,7 @@ from tests.golden import GOLDEN, fill
 from tests.kernel_tools import compiled, gpu, interpreted
 
 CPU = torch.device("cpu")
+FINAL = ("mlp_down_bank", "mlp_up_bank", "kv_bank", "qo_bank")  # banks as their gradients become final
 ALONE = Ranks(0, 1, CPU)
 TINY: dict[str, Any] = {
     "preset": "sample",
@@ -94,6 +96,61 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_parameters() -> None:
         results.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_is_skipped_by_option_and_leaves_everything() -> None:
+    """NaN or infinity in one gradient: weights, EMA, moments and the count of steps as before; the next is made."""
+    config = build_config(**TINY, nonfinite="skip")
+    model, other = tiny_model(config), tiny_model(config)
+    one, two = (Optimizer(m, config, ALONE) for m in (model, other))
+    for bad in (float("nan"), float("inf")):
+        for m, o in ((model, one), (other, two)):
+            backward(m, 1)
+            assert o.step(0, 1.0).isfinite()
+        backward(model, 2)
+        assert model.tok_emb.grad is not None
+        model.tok_emb.grad[3, 5] = bad
+        assert not one.step(1, 1.0).isfinite()
+        assert all(p.grad is None for p in model.parameters())
+        assert one.steps == two.steps
+        state = one.state_dict(), two.state_dict()
+        for a, b in zip(*([*s["momentum"], s["adamw"]["square"], *s["ema"].values()] for s in state), strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+class Sent:
+    """A collective that is done."""
+
+    def wait(self) -> None:
+        pass
+
+
+def test_accumulation_sends_each_bank_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four backwards, one reduce-scatter a bank, of the sum, in the last one and in the order of the graph."""
+    sent: list[Tensor] = []
+
+    def reduce_scatter(shard: Tensor, whole: Tensor, **options: Any) -> Sent:
+        assert options == {"op": torch.distributed.ReduceOp.AVG, "async_op": True}
+        sent.append(whole.clone())
+        return Sent()
+
+    monkeypatch.setattr(gpt.optimizer, "_reduce_scatter", reduce_scatter)
+    config = build_config(**TINY)
+    model = tiny_model(config)
+    optimizer = Optimizer(model, config, Ranks(0, 2, CPU))
+    for micro in range(4):
+        assert not sent
+        with optimizer.sending(last=micro == 3):
+            backward(model, micro)
+    parameters = dict(model.named_parameters())
+    assert len(sent) == len(FINAL)
+    for name, whole in zip(FINAL, sent, strict=True):
+        gradient = parameters[name].grad
+        assert gradient is not None
+        assert torch.equal(whole[: len(gradient)], gradient)
+        assert not whole[len(gradient) :].any()
 
 
 def test_row_norm_feeds_newton_schulz_rows_of_one_length() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -17,13 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+import gpt.trainer
 from gpt.artifact import load
+from gpt.capture import MicroStep, micro_step
 from gpt.config import ROOT, build_config
 from gpt.data import open_shard, write_shard
 from gpt.distributed import Ranks
 from gpt.ledger import seal
+from gpt.model import GPT
 from gpt.record import RecordError, Run
+from gpt.trainer import Trainer, TrainingError
+from kernels import select
+from tests.tiny import ALONE, CPU, tiny_config
 
 SAMPLE = ROOT / "data/sample"
 # A model small enough for a test, by the seed's own environment names.
@@ -437,6 +445,46 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_it_whole(
     assert state["step"] == 1
     assert all(np.isfinite(entry).all() for entry in metrics(run, "train_loss", "gradient_norm"))
     assert metrics(run, "step")[-1] == (1,)
+
+
+@pytest.mark.parametrize(("bad", "nonfinite"), [({2}, "skip"), ({2}, "stop"), (set(range(2, 99)), "skip")])
+def test_a_step_that_is_not_finite_is_skipped_by_option(
+    bad: set[int], nonfinite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One micro-step of a step makes NaN: the run goes on without that step, or ends; ten in a row end it anyway."""
+    config = tiny_config(
+        data_path=SAMPLE, runs_path=tmp_path, run_id="run", train_batch_tokens=128, iterations=14, val_loss_every=0,
+        vocab_size=1024, warmup_steps=0, max_wallclock_seconds=0, train_log_every=1, checkpoint_every=1,
+        nonfinite=nonfinite,
+    )  # fmt: skip
+    monkeypatch.setattr(gpt.trainer, "micro_step", lambda *given: spoilt(micro_step(*given)))
+    calls = 0
+
+    def spoilt(function: MicroStep) -> MicroStep:
+        def made(tokens: Tensor, targets: Tensor, depth: tuple[int, ...], weight: float) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return function(tokens, targets, depth, weight if calls % 2 or calls // 2 not in bad else math.nan)
+
+        return made
+
+    model = GPT(config, select("reference", CPU)).initialise(0)
+    run = Run.create(config, ALONE)
+    trainer = Trainer(model, config, run, ALONE, bytes_per_token=1.0)
+    if nonfinite == "skip" and len(bad) == 1:
+        trained = trainer.train(validate=None)  # type: ignore[arg-type]
+        assert trained.steps == 14
+        assert math.isfinite(trained.train_loss)
+        assert all(p.isfinite().all() for p in model.parameters())
+    else:
+        with pytest.raises(TrainingError, match=f"step {2 if len(bad) == 1 else 11}: loss nan, gradient norm nan"):
+            trainer.train(validate=None)  # type: ignore[arg-type]
+    state = torch.load(run.path / "checkpoint.pt")
+    assert all(weight.isfinite().all() for weight in (*state["model"].values(), *state["optimizer"]["ema"].values()))
+    assert state["optimizer"]["adamw"]["steps"] == (13 if state["finished"] else 1)
+    said = {entry["step"]: entry["skipped"] for entry in run.metrics() if "skipped" in entry}
+    assert set(said.values()) <= {"skipped: loss nan, gradient norm nan"}
+    assert list(said) == ([] if nonfinite == "stop" else [2] if len(bad) == 1 else list(range(2, 11)))
 
 
 def interrupt(process: subprocess.Popen[str], run: Path, step: int, what: signal.Signals, rank: bool) -> str:
