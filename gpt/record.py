@@ -120,7 +120,11 @@ class Run:
 
     @classmethod
     def create(cls, config: Config, ranks: Ranks) -> Run:
-        """A new folder under config.runs_path. Raises RecordError where its name is taken: folders are never shared."""
+        """A new folder under config.runs_path.
+
+        Raises RecordError where its name is taken, since runs never share one, and where a rank does not see it, since
+        all of them read checkpoint and artifact.
+        """
         name = config.run_id or time.strftime(f"%Y%m%d-%H%M%S-{config.preset}-{config.seed}")
         path, number = config.runs_path / name, 1
         while ranks.main:
@@ -134,6 +138,14 @@ class Run:
                 number += 1
                 path = config.runs_path / f"{name}-{number}"
         run = cls(Path(ranks.broadcast_text(str(path))), config, ranks)
+        seen = ranks.gather(run.path.is_dir())
+        if not all(seen):
+            if ranks.main:
+                run.path.rmdir()
+            raise RecordError(
+                f"rank {seen.index(False)} does not see {run.path}, which rank 0 made; "
+                "wanted a runs_path that all nodes share"
+            )
         run._lock()
         run.write_json("config.json", config.model_dump(mode="json"))
         run.write_json("environment.json", environment(ranks))

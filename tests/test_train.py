@@ -554,6 +554,22 @@ def test_a_checkpoint_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+def test_a_folder_that_another_node_does_not_see_is_refused(tmp_path: Path) -> None:
+    class Apart(Ranks):
+        def broadcast_text(self, text: str) -> str:
+            return text
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, False]
+
+    config = build_config(preset="sample", runs_path=tmp_path)
+    with pytest.raises(
+        RecordError, match=rf"rank 1 does not see {tmp_path}/.*; wanted a runs_path that all nodes share"
+    ):
+        Run.create(config, Apart(0, 2, CPU))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_run_is_packed_again(whole: tuple[Path, str], tmp_path: Path) -> None:
     """Once to the same bytes, twice coarser."""
     sizes = []
