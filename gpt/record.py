@@ -221,7 +221,8 @@ class Run:
     def _check(self) -> None:
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise RecordError(f"checkpoint of {self.path} was not written: {failure}; the one before stands")
+            before = "the one before stands" if (self.path / "checkpoint.pt").exists() else "there is none before it"
+            raise RecordError(f"checkpoint of {self.path} was not written: {failure}; {before}")
 
     def load_finished(self) -> dict[str, Any]:
         """The last checkpoint on the CPU. Raises RecordError where it is damaged or the run has not finished."""

@@ -542,6 +542,8 @@ def test_a_checkpoint_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
         pytest.skip("may not mount a small file system")
     try:
         run = Run(tmp_path, build_config(preset="sample"), Ranks(0, 1, torch.device("cpu")))
+        with pytest.raises(RecordError, match="No space left on device; there is none before it"):
+            run.save_checkpoint({"step": 0, "weights": torch.randn(1_000_000)}, wait=True)
         run.save_checkpoint({"step": 1, "weights": torch.randn(500_000)}, wait=True)
         run.save_checkpoint({"step": 2, "weights": torch.randn(500_000)})
         with pytest.raises(RecordError, match="No space left on device; the one before stands"):
