@@ -223,6 +223,11 @@ def test_quantising_is_the_data() -> None:
     text = README.replace("\n", " ")
     for name, words in (("one clip a kind", "lose {:.4f} BPB in {:,} bytes"), ("ours", "these {:.4f} in {:,} (")):
         assert words.format(found[name]["bpb_lost"], found[name]["bytes"]) in text
+    found = {row["impl"]: row for row in rows("quantise-h100.json")["rows"]}
+    for name in ("seed-method", "one clip a kind", "ours"):
+        assert f"| {found[name]['bytes_with_code']:,} | {found[name]['bpb_lost']:.4f}  |" in README
+    seconds = (f"{found['ours'][f'{what}_s']:.1f} s" for what in ("calibrate", "quantise", "compress"))
+    assert "calibration ({}), quantising ({}) and coding ({})".format(*seconds) in text
 
 
 def test_presets_and_unigram_entropy_are_named() -> None:
