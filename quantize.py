@@ -175,11 +175,13 @@ def audit_scores(arguments: Namespace, ranks: Ranks) -> int:
 
 def _own_shards(path: Path, record: dict[str, Any]) -> Path | None:
     """The shards that a record, or the configuration beside it, names; None where they are not on this machine."""
-    named = read_config(path.parent).data_path if path.name == "summary.json" else record.get("data_path")
-    named = (
-        named if isinstance(named, Path) else Path(named) if isinstance(named, str) and named.isprintable() else None
-    )
-    return named if named and any(named.glob("fineweb_val_*.bin")) else None
+    if path.name == "summary.json":
+        folder = read_config(path.parent).data_path
+    elif isinstance(named := record.get("data_path"), str) and named.isprintable():
+        folder = Path(named)
+    else:
+        return None
+    return folder if any(folder.glob("fineweb_val_*.bin")) else None
 
 
 def report(artifact: Artifact, code: int, scores: dict[str, Score], kernels: str) -> str:
