@@ -5,12 +5,14 @@ moves each column's error onto the columns not yet rounded, through the upper Ch
 The scale of a row is clip_sigmas * std(row) / levels (SDClip, pull request 1394 of openai/parameter-golf) to SCALE_BITS
 bits, floored only against zero.
 
-Where SDClip has one clip for all rows, `balanced_clips` gives every row its own. To second order, errors e of row r of
-a matrix raise the loss by F[r] |e|^2 / 2, F[r] the mean square of the gradient of one of the row's weights (the Fisher
-information's diagonal, averaged over the row), and GPTQ with steps s leaves |e|^2 = rho s^2 columns / 12, rho as the
-Hessian has it. A weight costs log2(1 / s) bits and a constant, so that the least loss for given bits has the same
-F[r] rho s[r]^2 in all rows of all parameters: s[r] ~ (F[r] rho)^-1/2. The coder makes bits continuous in the step, so
-nothing is gained by widths of 5, 6, 7 and 8 bits.
+Where SDClip has one clip for all rows, `balanced_clips` gives every row its own. Rounding column i of a row off by q[i]
+moves the row, once GPTQ has handed the error on, by q[i] v[i], v[i] = row i of that factor over its diagonal. To second
+order errors e raise the loss by mean((g . e)^2) / 2, g the gradients of texts (Fisher information), and with q uniform
+in a step s that is s^2 / 24 times the row's energy = sum over i of mean((g . v[i])^2): no assumption but that the q are
+independent. A weight costs log2(1 / s) bits and a constant, so that the least loss for given bits has the same
+energy[r] s[r]^2 in all rows of all parameters: s[r] ~ energy[r]^-1/2. The coder makes bits continuous in the step, so
+nothing is gained by widths of 5, 6, 7 and 8 bits. No step is so fine that a weight lies beyond the largest code: to cut
+one off costs more than all roundings of its row.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ BLOCK = 128  # columns between two updates of all the columns that remain
 # Significant bits of a scale, so that it is within 3% of SDClip's. What one row loses in error it gains in bytes;
 # float16's eleven bits would cost 0.2% of the artifact more.
 SCALE_BITS = 5
-FLOOR = 0.1  # of the mean F of a matrix, added to each: a token that no calibration text had will occur
-REACH = 4.5  # standard deviations of a row, beyond which its weights may be cut off
+FLOOR = 0.1  # of the mean energy of a matrix, added to each: a token that no calibration text had will occur
+SHARE = 6  # one row in so many of each calibration batch is differentiated, two batches at a time
 DAMPING = (0.01, 0.1, 1.0)  # of the mean of diag(H), added to it: the usual one, then what is tried where that fails
 
 # The kinds of input behind each quantised parameter: a bank holds all layers of the first kind, then of the next.
@@ -68,18 +70,25 @@ class Quantised(NamedTuple):
         return reference.dequantise(codes, self.scales.flatten(), dtype).view_as(self.codes)
 
 
-class Calibration(NamedTuple):
-    """What texts say about a model."""
-
-    hessians: Hessians
-    energies: Energies
-
-
 class Factor(NamedTuple):
     """What GPTQ needs of N Hessians."""
 
     order: Tensor  # (N, columns) int64: columns by falling diag(H)
     upper: Tensor  # (N, columns, columns) float32 U with U^T U = H^-1, in that order
+
+    def directions(self) -> Tensor:
+        """(N, columns, columns) float32: row i is how GPTQ moves a row of weights for each unit that it rounds the i-th
+        column in its order off by."""
+        moves = self.upper / self.upper.diagonal(dim1=-2, dim2=-1)[..., None]
+        return moves.gather(2, self.order.argsort(-1)[:, None, :].expand_as(moves))
+
+
+class Calibration(NamedTuple):
+    """What texts say about a model."""
+
+    hessians: Hessians
+    factors: dict[str, Factor]
+    energies: Energies
 
 
 @contextmanager
@@ -139,39 +148,47 @@ def collect_hessians(model: GPT, depth: Sequence[int], batches: Iterable[Tensor]
     return hessians
 
 
-def collect_energies(model: GPT, depth: Sequence[int], rows: Iterable[Tensor], ranks: Ranks) -> Energies:
-    """For every row of each quantised parameter the sum over its columns of squared gradients of the mean loss, summed
-    over rows of text and ranks: F but for a constant, since the gradients of single tokens hardly correlate.
+def collect_energies(
+    model: GPT, depth: Sequence[int], texts: Iterable[Tensor], factors: Mapping[str, Factor], ranks: Ranks
+) -> Energies:
+    """For every row of each quantised parameter the sum of squares of its gradient along the directions in which GPTQ
+    errs, summed over texts and ranks: its energy but for a constant.
 
-    rows: this rank's, each (1, T + 1) int64 on the model's device, few: every one takes a backward pass. Not on the
-    tape: gradients of the parameters stay as they are.
+    texts: this rank's, each (rows, T + 1) int64 on the model's device, few: every one takes a backward pass. Their rows
+    count as if each were a text, since gradients of different rows hardly correlate. Not on the tape: gradients of the
+    parameters stay as they are.
     """
     runner, weights = _eager(model), [model.get_parameter(name) for name in INPUTS]
+    directions = [factors[name].directions() for name in INPUTS]
     energies = [torch.zeros(weight.shape[:-1], device=ranks.device) for weight in weights]
-    for tokens in rows:
+    for tokens in texts:
         inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()  # contiguous and aligned
-        loss = runner(inputs, targets, depth, model.rotary(inputs.size(1)))
-        for energy, gradient in zip(energies, torch.autograd.grad(loss, weights), strict=True):
-            energy += gradient.float().square().sum(-1)
+        loss = len(tokens) * runner(inputs, targets, depth, model.rotary(inputs.size(1)))
+        for energy, along, gradient in zip(energies, directions, torch.autograd.grad(loss, weights), strict=True):
+            parts = gradient.float().view(len(along), -1, gradient.size(-1)) @ along.mT
+            energy += parts.square().sum(-1).view_as(energy)
     for energy in energies:
         ranks.all_reduce(energy)
     return dict(zip(INPUTS, energies, strict=True))
 
 
 def calibrate(model: GPT, depth: Sequence[int], batches: Iterable[Tensor], ranks: Ranks) -> Calibration:
-    """Hessians from all rows of this rank's batches, (rows, T + 1) int64 on the device; energies from each one's first.
+    """Hessians from all rows of this rank's batches, (rows, T + 1) int64 on the device; energies from the first ones of
+    each, one in SHARE.
 
-    Raises QuantisationError where no rank had a batch.
+    Raises QuantisationError where no rank had a batch, or a Hessian has no factor.
     """
     few: list[Tensor] = []
 
     def inputs() -> Iterator[Tensor]:
         for batch in batches:
-            few.append(batch[:1].clone())
+            few.append(batch[: -(-len(batch) // SHARE)].clone())
             yield batch[:, :-1].contiguous()
 
     hessians = collect_hessians(model, depth, inputs(), ranks)
-    return Calibration(hessians, collect_energies(model, depth, few, ranks))
+    factors = parameter_factors(hessians, model.config)
+    texts = [torch.cat(few[i : i + 2]) for i in range(0, len(few), 2)]
+    return Calibration(hessians, factors, collect_energies(model, depth, texts, factors, ranks))
 
 
 def stacked(hessians: Hessians, config: Config) -> dict[str, Tensor]:
@@ -227,24 +244,16 @@ def balanced_clips(
     weights: Mapping[str, Tensor],  # (..., rows, columns)
     kinds: Mapping[str, IntKind],
     energies: Energies,
-    hessians: Hessians,
-    factors: Mapping[str, Factor],
-    config: Config,
 ) -> dict[str, Tensor]:  # (..., rows) float32
     """Clips at which every bit buys the same loss, as multiples of the median over all rows of matrices.
 
     weights: all that are quantised. Raises QuantisationError where gradients are not finite.
     """
     clips: dict[str, Tensor] = {}
-    by_kind = stacked(hessians, config)
     for name, weight in weights.items():
-        hessian = torch.cat([by_kind[kind] for kind in INPUTS[name]])
-        variances = factors[name].upper.double().diagonal(dim1=-2, dim2=-1) ** -2  # of each input given those after it
-        rho = variances.sum(-1) / hessian.double().diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
-        energy = energies[name].double().view(len(rho), -1)
-        energy = (energy + FLOOR * energy.mean(-1, keepdim=True)) * rho[:, None]
-        std = weight.double().std(-1).view_as(energy).clamp_min(1e-30)
-        clips[name] = (LEVELS[kinds[name]] / std * energy.clamp_min(1e-30).rsqrt()).view(weight.shape[:-1])
+        energy = energies[name].double()
+        energy = (energy + FLOOR * energy.mean(-1, keepdim=True)).clamp_min(1e-30)
+        clips[name] = LEVELS[kinds[name]] / weight.double().std(-1).clamp_min(1e-30) * energy.rsqrt()
         if not clips[name].isfinite().all():
             raise QuantisationError(f"{name}: gradients on calibration data are not finite")
     median = torch.cat([clip.flatten() for name, clip in clips.items() if name in BANKS]).median()
@@ -252,9 +261,9 @@ def balanced_clips(
 
 
 def finest_clips(weight: Tensor) -> Tensor:  # (..., rows, columns) -> (..., rows)
-    """Clips at which the codes just reach a row's largest weight, or REACH standard deviations: few are beyond."""
+    """Clips at which the codes just reach a row's largest weight."""
     weight = weight.float()
-    return (weight.abs().amax(-1) / weight.std(-1).clamp_min(1e-30)).clamp_max(REACH)
+    return weight.abs().amax(-1) / weight.std(-1).clamp_min(1e-30)
 
 
 def row_scales(

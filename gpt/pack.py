@@ -25,7 +25,6 @@ from gpt.gptq import (
     calibrate,
     finest_clips,
     output_error,
-    parameter_factors,
     quantise,
     stacked,
     without_dead_neurons,
@@ -67,7 +66,7 @@ class Packed:
     nbytes: int
     code_nbytes: int
     limit: int
-    clip_sigmas: float  # median of the matrices' rows, before those that would cut off too much are raised
+    clip_sigmas: float  # median of the matrices' rows, before those that would cut off weights are raised
     attempts: int  # times that the model was quantised
     groups: tuple[Group, ...]
     dead_neurons: int  # of the MLPs, that reach nothing and are left out
@@ -157,20 +156,19 @@ def _pack(
     calibrated: float,
 ) -> Packed:
     config, block = model.config, model.ops.gptq_block
-    hessians, energies = calibration
+    hessians, factors, energies = calibration
     seconds = {"calibrate": calibrated, "quantise": 0.0, "compress": 0.0}
     begin = time.perf_counter()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     vectors = {name: _half(weight) for name, weight in weights.items() if name not in INPUTS}
     weights = {name: weights[name] for name in INPUTS}
-    factors = parameter_factors(hessians, config)
     if given:
         start = given[BANKS[0]]
         clips = {name: weight.new_full(weight.shape[:-1], given[name] / start) for name, weight in weights.items()}
         least = {name: torch.zeros_like(clip) for name, clip in clips.items()}
     else:
         start = config.matrix_clip_sigmas
-        clips = balanced_clips(weights, KINDS, energies, hessians, factors, config)
+        clips = balanced_clips(weights, KINDS, energies)
         least = {name: finest_clips(weight) for name, weight in weights.items()}
     seconds["quantise"] += time.perf_counter() - begin
 
