@@ -1,7 +1,7 @@
 """What quantising a finished run's weights costs, beside the seed's method on the same weights.
 
     python -m bench.quantise RUN
-    python -m bench.quantise RUN --limit 1103569      of artifact and code: where the run's model would fill no 16 MB
+    python -m bench.quantise RUN --limit 1103589      of artifact and code: where the run's model would fill no 16 MB
 
 Writes bench/results/quantise-<gpu>.json, a row for each of: the EMA weights as they are ("trained"); the seed's method,
 a clip of 12.85 standard deviations for all rows of matrices and 20 for the embedding's, codes shuffled with a stride of

@@ -38,7 +38,7 @@ BLOCK = 128  # columns between two updates of all the columns that remain
 # float16's eleven bits would cost 0.2% of the artifact more.
 SCALE_BITS = 5
 FLOOR = 0.1  # of the mean energy of a matrix, added to each: a token that no calibration text had will occur
-SHARE = 6  # one row in so many of each calibration batch is differentiated, two batches at a time
+SHARE = 3  # one row in so many of every second calibration batch is differentiated, all of a batch in one pass
 DAMPING = (0.01, 0.1, 1.0)  # of the mean of diag(H), added to it: the usual one, then what is tried where that fails
 
 # The kinds of input behind each quantised parameter: a bank holds all layers of the first kind, then of the next.
@@ -174,21 +174,22 @@ def collect_energies(
 
 def calibrate(model: GPT, depth: Sequence[int], batches: Iterable[Tensor], ranks: Ranks) -> Calibration:
     """Hessians from all rows of this rank's batches, (rows, T + 1) int64 on the device; energies from the first ones of
-    each, one in SHARE.
+    every second batch, one in SHARE.
 
-    Raises QuantisationError where no rank had a batch, or a Hessian has no factor.
+    batches: of all ranks' every world_size-th from the rank-th on; the same rows count for any number of ranks. Raises
+    QuantisationError where no rank had a batch, or a Hessian has no factor.
     """
     few: list[Tensor] = []
 
     def inputs() -> Iterator[Tensor]:
-        for batch in batches:
-            few.append(batch[: -(-len(batch) // SHARE)].clone())
+        for number, batch in enumerate(batches):
+            if (ranks.rank + number * ranks.world_size) % 2 == 0:
+                few.append(batch[: -(-len(batch) // SHARE)].clone())
             yield batch[:, :-1].contiguous()
 
     hessians = collect_hessians(model, depth, inputs(), ranks)
     factors = parameter_factors(hessians, model.config)
-    texts = [torch.cat(few[i : i + 2]) for i in range(0, len(few), 2)]
-    return Calibration(hessians, factors, collect_energies(model, depth, texts, factors, ranks))
+    return Calibration(hessians, factors, collect_energies(model, depth, few, factors, ranks))
 
 
 def stacked(hessians: Hessians, config: Config) -> dict[str, Tensor]:
