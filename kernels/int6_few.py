@@ -2,9 +2,17 @@
 
 The sum over columns does not care for their order, as long as both operands agree. So a thread loads K_WIDTH neighbours
 of each plane, 4 to 16 bytes, unpacks four quarters of the row from them, loads the same columns of x, and calls what it
-has the fragments of an mma.sync: no shared memory, no shuffles, no conversion of layouts. Each warp has its own share
-of the columns; they add up once, at the end, in shared memory.
+has the fragments of an mma.sync: no shared memory, no shuffles, no conversion of layouts. SPLIT warps have each their
+own share of the columns; they add up once, at the end, in shared memory. Their number, and with it the order of the
+sum, is the same for every number of rows.
+
+A product of these sizes is latency: what counts is how often a program waits for memory. It waits once: the launch asks
+for as many outputs a program as make one program a processor, a program for all its codes at once, and for all its x as
+soon as it may; `maxnreg` of kernels/configs leaves the compiler the registers for that (left alone, it saves them and
+loads x in four rounds).
 """
+
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -33,18 +41,50 @@ def dequantised(b_code, b_scale, b_gain):
     return b_w
 
 
+@triton.constexpr_function
+def floats_ptx(quarter, six):
+    """Of four bytes each of $4, and of $5, the high plane: codes of a quarter, each in the second byte of 2^15 as
+    float32, so that 32768 + 32 + code is read from it, or + 128 for int8."""
+    if six:
+        low = ("mov.b32 low, $4;", "shr.u32 low, $4, 4;")[quarter % 2]
+        high = ("shl.b32 high, $5, 4;", "shl.b32 high, $5, 2;", "mov.b32 high, $5;", "shr.u32 high, $5, 2;")[quarter]
+        code = f"{low} {high} and.b32 low, low, 0x0f0f0f0f; lop3.b32 low, high, 0x30303030, low, 0xea;"
+    else:
+        code = "xor.b32 low, $4, 0x80808080;"
+    each = " ".join(f"prmt.b32 ${i}, low, magic, 0x74{i}4;" for i in range(4))
+    return f"{{ .reg .b32 low, high, magic; mov.b32 magic, 0x47000000; {code} {each} }}"
+
+
+@gluon.jit
+def few_weights(b_low, b_high, b_scale, b_gain, QUARTER: gl.constexpr, SIX: gl.constexpr):
+    """int6_weights, or int8's, by a third of the instructions."""
+    b_bits = gl.inline_asm_elementwise(
+        floats_ptx(QUARTER, SIX), "=r,=r,=r,=r,r,r", [b_low, b_high], dtype=gl.int32, is_pure=True, pack=4
+    )
+    # Exact, as scales have 11 bits: of (32768 + 32 + code) scale - 32800 scale the parts have 27 and 22.
+    b_w = gl.fma(b_bits.to(gl.float32, bitcast=True), b_scale, b_scale * (-32800.0 if SIX else -32896.0))
+    if b_gain is not None:
+        b_w *= b_gain
+    return b_w
+
+
 @gluon.jit(do_not_specialize=["M"])
 def int6_few_kernel(
     x, codes, scales, gain, out, M, N, K,
-    Q: gl.constexpr, SIX: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CHUNK: gl.constexpr, K_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    Q: gl.constexpr, SIX: gl.constexpr, AHEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    CHUNK: gl.constexpr, K_WIDTH: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr,
 ):  # fmt: skip
-    """SPLIT warps, CHUNK bytes of a plane's row each at a time."""
+    """SPLIT times ACROSS warps: the former share columns, CHUNK bytes of a plane's row each, the latter outputs.
+
+    AHEAD: launches that may start and wait beside this one: 0, 1, or 2 for as many as there is room for."""
     PLANES: gl.constexpr = 3 if SIX else 1
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, 1], [1, 16, 8])
+    QUARTERS: gl.constexpr = 4 if SIX else 1
+    WARPS: gl.constexpr = SPLIT * ACROSS
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, ACROSS], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, K_WIDTH)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, K_WIDTH)
-    gdc_launch_dependents()
+    if AHEAD == 2:
+        gdc_launch_dependents()
     # [SPLIT, BLOCK_M, CHUNK]
     o_part = gl.arange(0, SPLIT, gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None]
     o_m = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None]
@@ -60,7 +100,9 @@ def int6_few_kernel(
     b_gain = None
     if gain is not None:
         b_gain = gl.load(gain + o_n, mask=m_n, other=0.0)
-    b_acc = gl.zeros([SPLIT, BLOCK_M, BLOCK_N], gl.float32, mma)
+    # Two sums, so that products wait for each other half as long.
+    b_even = gl.zeros([SPLIT, BLOCK_M, BLOCK_N], gl.float32, mma)
+    b_odd = gl.zeros([SPLIT, BLOCK_M, BLOCK_N], gl.float32, mma)
     for start in gl.static_range(0, Q, SPLIT * CHUNK):
         o_q = start + o_wq
         m_q = m_n & (o_q < Q)
@@ -72,19 +114,42 @@ def int6_few_kernel(
             b_high = gl.load(p_codes + (o_q + 2 * Q), mask=m_q, other=0)
         if start == 0:
             gdc_wait()
-        for i in gl.static_range(4 if SIX else 1):
+        b_x = ()
+        for i in gl.static_range(QUARTERS):
             o_q = start + o_xq
-            b_x = gl.load(p_x + (o_q + i * Q), mask=m_m & (o_q < Q) & (o_q + i * Q < K), other=0.0)
-            if SIX:
-                b_w = int6_weights(b_first if i < 2 else b_second, b_high, b_scale, b_gain, i)
+            b_x += (gl.load(p_x + (o_q + i * Q), mask=m_m & (o_q < Q) & (o_q + i * Q < K), other=0.0),)
+        # Also keeps the compiler from moving loads of x behind products.
+        gdc_launch_dependents()
+        for i in gl.static_range(QUARTERS):
+            b_w = few_weights(b_first if i < 2 else b_second, b_high, b_scale, b_gain, i, SIX).to(x.dtype.element_ty)
+            if i % 2 == 0:
+                b_even = mma_v2(b_x[i], b_w, b_even)
             else:
-                b_w = dequantised(b_first.to(gl.float32), b_scale, b_gain)
-            b_acc = mma_v2(b_x, b_w.to(b_x.dtype), b_acc)
-    b_out = gl.sum(b_acc, 0)
-    flat: gl.constexpr = gl.SliceLayout(0, mma)
-    o_m = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, flat))[:, None]
-    o_n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, flat))[None, :]
+                b_odd = mma_v2(b_x[i], b_w, b_odd)
+    # All parts of an output to one thread, by one trip through shared memory.
+    VEC: gl.constexpr = max(1, BLOCK_M * BLOCK_N // (32 * WARPS))
+    LANES: gl.constexpr = min(32, BLOCK_N // VEC)
+    flat: gl.constexpr = gl.BlockedLayout([SPLIT, 1, VEC], [1, 32 // LANES, LANES], [1, WARPS, 1], [2, 1, 0])
+    b_out = gl.sum(gl.convert_layout(b_even + b_odd, flat), 0)
+    o_m = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gl.SliceLayout(0, flat)))[:, None]
+    o_n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(0, flat)))[None, :]
     gl.store(out + o_m.to(gl.int64) * N + o_n, b_out.to(out.dtype.element_ty), mask=(o_m < M) & (o_n < N))
+
+
+def few_tiles(
+    rows: int,
+    count: int,
+    processors: int,
+    config: Mapping[str, int],  # of kernels/configs
+) -> dict[str, int]:
+    """Tiles of a product of so many rows and outputs: about a program a processor, of 8 to WIDEST outputs; a warp takes
+    up to COLUMNS of them."""
+    tiles = dict(config)
+    widest, columns = tiles.pop("WIDEST"), tiles.pop("COLUMNS")
+    each = triton.cdiv(count * triton.cdiv(rows, tiles["BLOCK_M"]), processors)
+    tiles["BLOCK_N"] = min(widest, max(8, triton.next_power_of_2(each)))
+    tiles["ACROSS"] = max(1, tiles["BLOCK_N"] // columns)
+    return tiles | {"num_warps": tiles["SPLIT"] * tiles["ACROSS"]}
 
 
 def launch(
@@ -93,15 +158,12 @@ def launch(
     scales: torch.Tensor,  # (N,)
     gain: torch.Tensor | None,  # (N,)
     out: torch.Tensor,  # (M, N), written
-    config: dict[str, int],
+    config: Mapping[str, int],
 ) -> None:
     (rows, columns), count = x.shape, codes.shape[0]
-    grid = triton.cdiv(count, config["BLOCK_N"]), triton.cdiv(rows, config["BLOCK_M"])
-    # As measured: with one to four programs a processor, programs of the next launch that wait beside them cost more
-    # than their early start gains.
-    programs, processors = grid[0] * grid[1], gpu(x.device)[1]
-    early = not processors < programs <= 4 * processors
+    tiles = few_tiles(rows, count, gpu(x.device)[1], config)
+    grid = triton.cdiv(count, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"])
     int6_few_kernel[grid](
         x, codes, scales, gain, out, rows, count, columns,
-        Q=codes.shape[-1], SIX=codes.dim() == 3, **config, num_warps=config["SPLIT"], launch_pdl=early,
+        Q=codes.shape[-1], SIX=codes.dim() == 3, **tiles, launch_pdl=tiles["AHEAD"] > 0,
     )  # fmt: skip

@@ -1,11 +1,14 @@
 """int6_linear(), int6_dequantise(): against the reference, interpreted on the CPU and on a GPU; the packed layout."""
 
+import re
+
+import numpy
 import pytest
 import torch
 
 from kernels import reference
 from kernels.int6 import dequantise_kernel, int6_dequantise, int6_linear, int6_row_kernel
-from kernels.int6_few import int6_few_kernel
+from kernels.int6_few import few_tiles, floats_ptx, int6_few_kernel
 from kernels.launch import configs
 from tests.aot import compile_for_h100
 from tests.kernel_tools import CUDA, compiled, error, gpu, graphed, interpreted
@@ -53,6 +56,67 @@ def test_reference_is_the_product_with_the_dequantised_matrix():
         torch.testing.assert_close(reference.int6_linear(x, c, scales), x @ (codes * scales[:, None].float()).mT)
         wanted = x @ (gain[:, None] * codes * scales[:, None].float()).mT
         torch.testing.assert_close(reference.int6_linear(x, c, scales, gain), wanted)
+
+
+def run_ptx(ptx, *inputs):
+    """The four results of instructions on 32-bit words, $4 and $5 given."""
+    words = {f"${4 + i}": x.astype(numpy.uint64) for i, x in enumerate(inputs)}
+
+    def value(name):
+        return words[name] if name in words else numpy.uint64(int(name, 0))
+
+    def permute(a, b, selector):
+        both = a | b << numpy.uint64(32)
+        each = (both >> numpy.uint64(8 * (selector >> 4 * i & 7)) & numpy.uint64(255) for i in range(4))
+        return sum(byte << numpy.uint64(8 * i) for i, byte in enumerate(each))
+
+    act = {
+        "mov": lambda a: a, "shl": lambda a, n: a << n, "shr": lambda a, n: a >> n, "and": lambda a, b: a & b,
+        "xor": lambda a, b: a ^ b, "lop3": lambda a, b, c, table: a & b | c,
+        "prmt": lambda a, b, selector: permute(a, b, int(selector)),
+    }  # fmt: skip
+    for line in ptx.strip("{ }").split(";"):
+        if not (found := re.fullmatch(r"\s*(\w+)(\.u32|\.b32) (\S+), (.*)", line)):
+            assert not line.strip() or line.startswith(".reg .b32 ")
+            continue
+        op, _, target, operands = found.groups()
+        assert op != "lop3" or operands.endswith("0xea")
+        words[target] = act[op](*map(value, operands.split(", "))) & numpy.uint64(0xFFFFFFFF)
+    return [words[f"${i}"].astype(numpy.uint32) for i in range(4)]
+
+
+@compiled
+def test_ptx_unpacks_four_codes_at_a_time():
+    codes = torch.randint(-31, 32, (1, 4 * 512), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    first, second, high = (x.numpy().view(numpy.uint32) for x in reference.pack_codes(codes)[0])
+    for quarter in range(4):
+        found = run_ptx(floats_ptx(quarter, True), first if quarter < 2 else second, high)
+        found = numpy.stack(found, -1).view(numpy.float32).ravel()
+        assert (found - 32800 == codes[0, 512 * quarter : 512 * (quarter + 1)].numpy()).all()
+    whole = numpy.arange(-128, 128).astype(numpy.int8)
+    found = run_ptx(floats_ptx(0, False), whole.view(numpy.uint32), whole.view(numpy.uint32))
+    assert (numpy.stack(found, -1).view(numpy.float32).ravel() - 32896 == whole).all()
+
+
+@pytest.mark.parametrize(("offset", "levels"), [(32800, 31), (32896, 127)])
+def test_scaled_codes_are_exact(offset, levels):
+    """few_weights' one fused multiply-add for every scale: its parts are exact, so is the difference."""
+    scales = numpy.arange(0x7C00, dtype=numpy.uint16).view(numpy.float16).astype(numpy.float64)[:, None]
+    shift = offset * scales
+    assert (shift.astype(numpy.float32) == shift).all()
+    codes = numpy.arange(-levels, levels + 1.0)
+    found = (offset + codes) * scales - shift  # of 27 bits: exact in float64
+    assert (found.astype(numpy.float32) == codes * scales).all()
+
+
+def test_about_a_program_a_processor():
+    table = configs("h100")["int6"]["few"]
+    for kind, columns in (("short", 512), ("long", 2048)):
+        for count, rows in ((n, m) for n, k in BANKS if k == columns for m in (2, 16, 17, 64)):
+            tiles = few_tiles(rows, count, 132, table[kind])
+            programs = -(-count // tiles["BLOCK_N"]) * -(-rows // tiles["BLOCK_M"])
+            assert programs <= 132
+            assert tiles["BLOCK_N"] == 8 or 2 * programs > 66
 
 
 # ------------------------------------------------------------------------------------------- on the CPU, interpreted
@@ -116,6 +180,32 @@ def types(six):
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("kind", "shape", "rows"),
+    [
+        ("short", (256, 512), 64), ("short", (512, 512), 64), ("short", (2048, 512), 32), ("short", (2048, 512), 64),
+        ("long", (512, 2048), 16), ("long", (512, 2048), 64), ("int8", (8192, 512), 16),
+    ],
+)  # fmt: skip
+def test_few_compiled_for_h100(kind, shape, rows):
+    six = kind != "int8"
+    tiles = few_tiles(rows, shape[0], 132, configs("h100")["int6"]["few"][kind])
+    width = shape[1] // 4 if six else shape[1]
+    built = compile_for_h100(int6_few_kernel, types(six), {"Q": width, "SIX": six}, tiles)
+    assert built.stack == 0
+    # The next launch finds room beside this one.
+    assert built.registers * tiles["num_warps"] * 32 <= 65536 // 2
+    assert built.shared <= 16384
+    assert built.sass.count("BAR.SYNC") == 1  # of the sum over warps: operands stay in registers
+    # One wait for x: all loads of it between the wait for the launch ahead and the first product.
+    lines = [line for line in built.sass.splitlines() if re.search(r"ACQBULK|LDG\.|HMMA", line)]
+    wait, first = (next(i for i, line in enumerate(lines) if name in line) for name in ("ACQBULK", "HMMA"))
+    loads = tiles["BLOCK_M"] * shape[1] // (tiles["SPLIT"] * 32 * 8)
+    assert sum("LDG.E.128" in line for line in lines[wait:first]) == loads
+    assert not any("LDG" in line for line in lines[first:])
+
+
+@compiled
 @pytest.mark.parametrize(("kind", "columns"), [("short", 512), ("long", 2048), ("int8", 512)])
 def test_compiled_for_h100(kind, columns):
     six, table = kind != "int8", configs("h100")["int6"]
@@ -123,12 +213,6 @@ def test_compiled_for_h100(kind, columns):
     built = compile_for_h100(int6_row_kernel, types(six), {"Q": width, "SIX": six, "EARLY": True}, table[kind])
     assert built.stack == 0
     assert built.registers <= 128
-    few = table["few"][kind]
-    built = compile_for_h100(int6_few_kernel, types(six), {"Q": width, "SIX": six}, few | {"num_warps": few["SPLIT"]})
-    assert built.stack == 0
-    assert built.registers * few["SPLIT"] * 32 <= 65536 // 2
-    assert "HMMA" in built.sass
-    assert built.sass.count("BAR.SYNC") <= 2  # of the sum over warps: operands stay in registers
     built = compile_for_h100(dequantise_kernel, types(six), {"SIX": six}, table["dequantise"])
     assert built.stack == 0
 
@@ -157,14 +241,18 @@ class TestOnGPU:
             assert torch.equal(found, int6_linear(x, codes, scales, factor))
 
     def test_a_row_does_not_feel_the_others(self):
-        codes, scales, _ = make(512, 512, True, False, "cuda")
-        x = torch.randn(64, 512, device="cuda").bfloat16()
-        assert torch.equal(int6_linear(x, codes, scales)[:16], int6_linear(x[:16], codes, scales))
+        for shape in BANKS:
+            codes, scales, _ = make(*shape, True, False, "cuda")
+            x = torch.randn(64, shape[1], device="cuda").bfloat16()
+            whole = int6_linear(x, codes, scales)
+            for rows in (3, 16, 33):
+                assert torch.equal(whole[:rows], int6_linear(x[:rows], codes, scales))
 
-    def test_one_after_the_other_in_a_graph(self):
+    @pytest.mark.parametrize("rows", [1, 16, 64])
+    def test_one_after_the_other_in_a_graph(self, rows):
         """Each reads what the one before wrote, although it starts before that is done."""
         matrices = [make(512, 512, True, False, "cuda", seed) for seed in range(8)]
-        x = torch.randn(1, 512, device="cuda").bfloat16()
+        x = torch.randn(rows, 512, device="cuda").bfloat16()
 
         def chain():
             y = x
