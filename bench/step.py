@@ -60,10 +60,10 @@ def least_times(config: Config, layers: int, pairs: int, measured: dict[str, flo
     width = dim + 2 * config.num_kv_heads * config.head_dim  # of q, k and v
     weights = layers * dim * (width + dim + 2 * config.mlp_dim) + config.vocab_size * dim
     flops, stream = 1e9 * measured["bf16_tflops"], tokens * dim * 2 / (1e6 * measured["copy_gb_s"])
-    # mix (x, x0 -> x); back: product, residual, x, x0 and its gradient -> two; rotary and head norms: q, k and the
-    # gradients of q, k, v read, the latter written. A skip is read, and back again, and its gradient written.
+    # mix (x, x0 -> x); back: product, residual, x, x0 and its gradient -> two; rotary and head norms: q, k, the float32
+    # sums of q's gradient and k's read, both written. A skip is read, and back again, and its gradient written.
     skips = min(config.num_skips, layers // 2)
-    passes = 3 + 7 + (2 * width + width - config.num_kv_heads * config.head_dim) / dim + 3 * skips / layers
+    passes = 3 + 7 + (2 * dim + 2 * width - config.num_kv_heads * config.head_dim) / dim + 3 * skips / layers
     return {
         "products": 6 * tokens * weights / flops,
         "attention": 14 * pairs * config.num_heads * config.head_dim * layers / flops,

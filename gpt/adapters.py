@@ -146,6 +146,7 @@ def adapting(ops: Ops) -> Ops:
     return replace(
         ops.reproducible(),
         attention_input=attention_input,
+        fused_layer=None,
         linear_add=lambda x, y, matrix: (linear(y, matrix, x), None),
         mlp=mlp,
         linear_cross_entropy=reference.linear_cross_entropy,  # of few rows each, with a gradient

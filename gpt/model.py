@@ -143,15 +143,16 @@ class GPT(nn.Module):
                 saved.append(x)
             skip = (saved.pop(), *skips[j]) if 0 <= j < config.num_skips and saved else None
 
-            heads, x, x0, before = ops.attention_input(x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale)
-            if 0 < virtual < half:
-                saved.append(before)
+            inputs = x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale
             tail = last if last and last < tokens.size(1) and virtual == len(depth) - 1 else None
             # Its backward would add up in no fixed order, so what is differentiated goes through the ops.
             if tail and not torch.is_grad_enabled():
+                heads, x, x0, before = ops.attention_input(*inputs)
                 y = reference.attention_tail(heads, config.num_kv_heads, tail, starts)
             else:
-                y = ops.attention(heads, config.num_kv_heads, mask)
+                y, x, x0, before = ops.attention_layer(*inputs, mask)
+            if 0 < virtual < half:
+                saved.append(before)
             y = y.flatten(2)
             if tail:
                 x, y = x[:, -tail:].contiguous(), y[:, -tail:].contiguous()

@@ -38,7 +38,10 @@ class KernelError(ValueError):
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every op. `names` says which; `graph` compiles a function of ops, or leaves it alone."""
+    """One implementation of every op. `names` says which; `graph` compiles a function of ops, or leaves it alone.
+
+    fused_layer: attention_input and attention in one, where one implementation has both.
+    """
 
     embed: Op
     attention_input: Op
@@ -56,8 +59,14 @@ class Ops:
     int6_linear: Op
     gptq_block: Op
     cached_attention: Op
+    fused_layer: Op | None
     graph: Callable[[Op], Op]
     names: dict[str, str]
+
+    def attention_layer(self, *inputs: Any) -> Any:
+        """reference.attention_layer, of the arguments of attention_input and the mask."""
+        composed = partial(reference.attention_layer, parts=(self.attention_input, self.attention))
+        return (self.fused_layer or composed)(*inputs)
 
     @property
     def capturable(self) -> bool:
@@ -84,7 +93,8 @@ class Ops:
         """These, with gradients summed in a fixed order where they are not: again is the same, to the bit."""
         if self.names["attention"] != "triton":
             return self
-        return replace(self, attention=partial(self.attention, deterministic=True))
+        fused = self.fused_layer and partial(self.fused_layer, deterministic=True)
+        return replace(self, attention=partial(self.attention, deterministic=True), fused_layer=fused)
 
     def describe(self) -> str:
         """One line an op: its name and the implementation in use."""
@@ -94,7 +104,7 @@ class Ops:
 # What "auto" is on a GPU.
 AUTO = "triton"
 
-_OPS = tuple(field.name for field in fields(Ops) if field.name not in ("graph", "names"))
+_OPS = tuple(field.name for field in fields(Ops) if field.name not in ("fused_layer", "graph", "names"))
 # Those of forward and backward: all before the optimizer's.
 _MODEL = _OPS[: _OPS.index("newton_schulz")]
 # An attention implementation and the mask it takes go together.
@@ -207,5 +217,11 @@ def select(choice: str, device: torch.device) -> Ops:
         )
     tables = {implementation: IMPLEMENTATIONS[implementation](device) for implementation in set(chosen.values())}
     table = {op: tables[implementation][op] for op, implementation in chosen.items()}
+    fused: Op | None = None
+    if chosen["attention_input"] == chosen["attention"] == "triton":
+        from kernels import attention_input
+
+        fused = attention_input.attention_layer
     # Fused kernels leave a graph nothing to fuse, and cost no compilation when the layers change.
-    return Ops(**table, graph=compiled.graph if base == "compiled" else lambda function: function, names=chosen)
+    graph = compiled.graph if base == "compiled" else lambda function: function
+    return Ops(**table, fused_layer=fused, graph=graph, names=chosen)

@@ -425,7 +425,7 @@ def _forward(
     return out, s, lse
 
 
-def _backward(
+def backward(
     g: torch.Tensor,  # (B, T, H, D)
     q: torch.Tensor,
     k: torch.Tensor,
@@ -438,7 +438,10 @@ def _backward(
     grad_q: torch.Tensor,  # the gradients are written here; they may be parts of one tensor (B, T, heads, D)
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
-) -> None:
+    row_scale: torch.Tensor | None = None,  # (B T,) float32
+) -> torch.Tensor | None:
+    """The portable kernels write all three. Those for Hopper write grad_k and grad_v, the latter times row_scale, if
+    there is one, and the sums of grad_q are returned as `attention_hopper` keeps them."""
     batch, length, heads, dim = q.shape
     kv = k.shape[2]
     documents = document_starts is not None
@@ -456,11 +459,10 @@ def _backward(
         length, s.shape[-1], heads, kv, GROUP=heads // kv, D=dim, CHUNK=1024, DOCUMENTS=documents, **prepare,
     )  # fmt: skip
     if "backward_hopper" in config and not deterministic and _copyable(q, k, v, document_starts):
-        attention_hopper.backward(
-            q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_q, grad_k, grad_v,
+        return attention_hopper.backward(
+            q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_k, grad_v, row_scale,
             config["backward_hopper"], gpu(q.device)[1],
         )  # fmt: skip
-        return
 
     grad_kv = dict(config["grad_kv"])
     attention_bwd_dkdv_kernel[(triton.cdiv(length, grad_kv["BLOCK_N"]) * batch * kv,)](
@@ -476,6 +478,14 @@ def _backward(
         length, s.shape[-1], heads, batch * heads, grad_q_config.pop("chunk"), scale, scale * LOG2E,
         GROUP=heads // kv, D=dim, DOCUMENTS=documents, **grad_q_config,
     )  # fmt: skip
+    return None
+
+
+def _gradients(g, q, k, v, document_starts, z, s, lse, deterministic, grad_q, grad_k, grad_v) -> None:
+    """backward, all three gradients written."""
+    sums = backward(g, q, k, v, document_starts, z, s, lse, deterministic, grad_q, grad_k, grad_v)
+    if sums is not None:
+        attention_hopper.finish(sums, grad_q)
 
 
 # ---------------------------------------------------------------------------------------------------- registration
@@ -503,7 +513,7 @@ def attention_backward_op(
     z: torch.Tensor, s: torch.Tensor, lse: torch.Tensor, deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _backward(g, q, k, v, document_starts, z, s, lse, deterministic, *grads)
+    _gradients(g, q, k, v, document_starts, z, s, lse, deterministic, *grads)
     return grads
 
 
@@ -528,7 +538,7 @@ def _differentiate(ctx, g, *_):
 attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _parts(qkv: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def parts(qkv: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return qkv.split([qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads], 2)
 
 
@@ -536,7 +546,7 @@ def _parts(qkv: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor
 def attention_qkv_op(
     qkv: torch.Tensor, kv_heads: int, document_starts: torch.Tensor | None, deterministic: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(*_parts(qkv, kv_heads), document_starts)
+    return _forward(*parts(qkv, kv_heads), document_starts)
 
 
 @attention_qkv_op.register_fake
@@ -550,8 +560,7 @@ def attention_qkv_backward_op(
     z: torch.Tensor, s: torch.Tensor, lse: torch.Tensor, kv_heads: int, deterministic: bool,
 ) -> torch.Tensor:  # fmt: skip
     grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    parts = _parts(qkv, kv_heads)
-    _backward(g, *parts, document_starts, z, s, lse, deterministic, *_parts(grad, kv_heads))
+    _gradients(g, *parts(qkv, kv_heads), document_starts, z, s, lse, deterministic, *parts(grad, kv_heads))
     return grad
 
 
@@ -675,5 +684,5 @@ def attention_qkv(
             "attention_qkv wants qkv (B, T, H + 2 G, D) and G as kv_heads; "
             f"got qkv {tuple(qkv.shape)}, kv_heads {kv_heads}"
         )
-    _check(*_parts(qkv, kv_heads), document_starts)
+    _check(*parts(qkv, kv_heads), document_starts)
     return torch.ops.golf.attention_qkv(qkv, kv_heads, document_starts, deterministic)[0]

@@ -347,10 +347,10 @@ def attention_bwd_produce(
 
 @gluon.jit
 def attention_bwd_store(
-    b_gk, b_gv, p_gk, p_gv, stride_grad_kv, batch, kv_head, n_first, T, scale,
+    b_gk, b_gv, p_gk, p_gv, stride_grad_kv, row_scale, batch, kv_head, n_first, T, scale,
     dtype: gl.constexpr, D: gl.constexpr, g_layout: gl.constexpr,
 ):  # fmt: skip
-    """Write grad_k and grad_v of one consumer's keys."""
+    """Write grad_k and grad_v of one consumer's keys, the latter times the row's factor, if any."""
     o_n = n_first + gl.arange(0, ROWS, gl.SliceLayout(1, g_layout))
     o_d = gl.arange(0, D, gl.SliceLayout(0, g_layout))
     o_out = ((batch.to(gl.int64) * T + o_n) * stride_grad_kv + kv_head * D)[:, None] + o_d[None, :]
@@ -358,12 +358,14 @@ def attention_bwd_store(
     gl.store(p_gk + o_out, (b_gk * scale).to(dtype), mask=m_n)
     # grad_v holds XSA's part.
     b_gv += gl.load(p_gv + o_out, mask=m_n, other=0.0).to(gl.float32)
+    if row_scale is not None:
+        b_gv *= gl.load(row_scale + batch.to(gl.int64) * T + o_n, mask=o_n < T, other=0.0)[:, None]
     gl.store(p_gv + o_out, b_gv.to(dtype), mask=m_n)
 
 
 @gluon.jit
 def attention_bwd_consume(
-    buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
+    buffers, barriers, p_gk, p_gv, stride_grad_kv, row_scale, T, scale, scale_log2,
     INDEX: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
     DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
@@ -442,7 +444,7 @@ def attention_bwd_consume(
         turn += 1
 
         attention_bwd_store(
-            b_gk, b_gv, p_gk, p_gv, stride_grad_kv, batch, kv_head, n_first, T, scale, dtype, D, g_layout
+            b_gk, b_gv, p_gk, p_gv, stride_grad_kv, row_scale, batch, kv_head, n_first, T, scale, dtype, D, g_layout
         )
         batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
 
@@ -491,7 +493,7 @@ def attention_bwd_keys(s_k, step):
 
 @gluon.jit
 def attention_bwd_consume_wide(
-    buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, T, H, scale_log2,
+    buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, row_scale, T, H, scale_log2,
     INDEX: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
     DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
@@ -583,8 +585,9 @@ def attention_bwd_consume_wide(
         mbarrier.arrive(kv_empty, count=1)
         turn += 1
         attention_bwd_store(
-            b_gk, b_gv, p_gk, p_gv, stride_grad_kv, batch, kv_head, n_first, T, scale_log2 * LN2, dtype, D, g_layout
-        )
+            b_gk, b_gv, p_gk, p_gv, stride_grad_kv, row_scale, batch, kv_head, n_first, T, scale_log2 * LN2,
+            dtype, D, g_layout,
+        )  # fmt: skip
         batch, kv_head, n_first, end = receive(s_tile, tile_full, tile_empty, turn)
 
 
@@ -622,7 +625,7 @@ def attention_bwd_add_dq(
 
 @gluon.jit
 def attention_bwd_hopper_kernel(
-    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, p_gk, p_gv, counter, stride_grad_kv,
+    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, p_gk, p_gv, row_scale, counter, stride_grad_kv,
     T, T_PAD, H, G, kv_heads, chunk, tiles, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
@@ -671,12 +674,12 @@ def attention_bwd_hopper_kernel(
             [
                 (
                     attention_bwd_consume,
-                    (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
+                    (buffers, barriers, p_gk, p_gv, stride_grad_kv, row_scale, T, scale, scale_log2,
                      0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
                 ),
                 (
                     attention_bwd_consume,
-                    (buffers, barriers, p_gk, p_gv, stride_grad_kv, T, scale, scale_log2,
+                    (buffers, barriers, p_gk, p_gv, stride_grad_kv, row_scale, T, scale, scale_log2,
                      1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
                 ),
                 (attention_bwd_add_dq, (buffers, barriers, p_gq, T, H, GROUP, D, SLOTS, DOCUMENTS)),
@@ -694,12 +697,12 @@ def attention_bwd_hopper_kernel(
             [
                 (
                     attention_bwd_consume_wide,
-                    (buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, T, H, scale_log2,
+                    (buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, row_scale, T, H, scale_log2,
                      0, GROUP, D, STAGES, SLOTS, DOCUMENTS),
                 ),
                 (
                     attention_bwd_consume_wide,
-                    (buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, T, H, scale_log2,
+                    (buffers, barriers, p_gq, p_gk, p_gv, stride_grad_kv, row_scale, T, H, scale_log2,
                      1, GROUP, D, STAGES, SLOTS, DOCUMENTS),
                 ),
                 (
@@ -714,14 +717,19 @@ def attention_bwd_hopper_kernel(
 
 
 @triton.jit
+def attention_bwd_sums(p_tile, ROWS: tl.constexpr, D: tl.constexpr):
+    """A tile of the sums of grad_q, [ROWS, D], out of the order in which `attention_bwd_add` keeps it."""
+    # d = (warp, half, row), query = (column block, pair, element)
+    b_gq = tl.reshape(tl.load(p_tile + tl.arange(0, ROWS * D)), [D // 16, ROWS // 8, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(b_gq, (1, 3, 5, 0, 4, 2)), [ROWS, D])
+
+
+@triton.jit
 def attention_bwd_finish_kernel(p_gq, grad_q, stride_grad_q, T, H, scale, ROWS: tl.constexpr, D: tl.constexpr):
-    """Undo the order in which `attention_bwd_add` keeps a [D, ROWS] tile; scale and round."""
+    """Sums to grad_q: scaled, rounded."""
     tile = tl.program_id(1)
     batch_head = tl.program_id(0).to(tl.int64)
-    b_gq = tl.load(p_gq + (batch_head * tl.num_programs(1) + tile) * (ROWS * D) + tl.arange(0, ROWS * D))
-    # d = (warp, half, row), query = (column block, pair, element)
-    b_gq = tl.reshape(b_gq, [D // 16, ROWS // 8, 8, 4, 2, 2])
-    b_gq = tl.reshape(tl.permute(b_gq, (1, 3, 5, 0, 4, 2)), [ROWS, D])
+    b_gq = attention_bwd_sums(p_gq + (batch_head * tl.num_programs(1) + tile) * (ROWS * D), ROWS, D)
     o_m = tile * ROWS + tl.arange(0, ROWS)[:, None]
     o_out = ((batch_head // H) * T + o_m) * stride_grad_q + batch_head % H * D + tl.arange(0, D)[None, :]
     tl.store(grad_q + o_out, (b_gq * scale).to(grad_q.dtype.element_ty), mask=o_m < T)
@@ -758,23 +766,30 @@ def forward(q, k, v, document_starts, out, s, lse, config: dict, processors: int
 
 
 def backward(
-    q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_q, grad_k, grad_v, config: dict, processors: int
-) -> None:
+    q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_k, grad_v, row_scale, config: dict,
+    processors: int,
+) -> torch.Tensor:  # fmt: skip
+    """Writes grad_k and grad_v; the sums of grad_q, without their scale, are returned, for `finish` or others."""
     batch, length, heads, dim = q.shape
     kv = k.shape[2]
     config = dict(config)
-    blocks = triton.cdiv(length, 64)
-    # Sums of grad_q, and behind them the tile counter.
-    sums = torch.zeros(batch * heads * blocks * 64 * dim + 4, dtype=torch.float32, device=q.device)
+    # Behind the sums the tile counter.
+    sums = torch.zeros(batch * heads * triton.cdiv(length, 64) * 64 * dim + 4, dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(length, 128) * batch * kv
     starts = None if document_starts is None else _flat(document_starts, 64)
     attention_bwd_hopper_kernel[(min(tiles, processors),)](
         _rows(q, 64), _rows(k, 128), _rows(v, 128), _rows(grad_y, 64), _flat(lse, 64), _flat(delta, 64), starts,
-        document_ends, sums, grad_k, grad_v, sums[-4:].view(torch.int32), grad_k.stride(1),
+        document_ends, sums, grad_k, grad_v, row_scale, sums[-4:].view(torch.int32), grad_k.stride(1),
         length, lse.shape[-1], heads, kv, batch * kv, config.pop("chunk"), tiles,
         1.0 / math.sqrt(dim), math.log2(math.e) / math.sqrt(dim),
         GROUP=heads // kv, D=dim, DOCUMENTS=document_starts is not None, **config,
     )  # fmt: skip
-    attention_bwd_finish_kernel[(batch * heads, blocks)](
+    return sums
+
+
+def finish(sums: torch.Tensor, grad_q: torch.Tensor) -> None:
+    """grad_q (B, T, H, D) from its sums."""
+    batch, length, heads, dim = grad_q.shape
+    attention_bwd_finish_kernel[(batch * heads, triton.cdiv(length, 64))](
         sums, grad_q, grad_q.stride(1), length, heads, 1.0 / math.sqrt(dim), ROWS=64, D=dim, num_warps=dim // 16
     )

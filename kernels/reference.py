@@ -7,7 +7,8 @@ The model calls the larger ones, from `embed` to `linear_cross_entropy`: each is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,25 @@ def attention_qkv(
     """attention of packed heads."""
     q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
     return attention(q, k, v, mask)
+
+
+def attention_layer(
+    x: Tensor,  # (B, T, D)
+    x0: Tensor,  # (B, T, D)
+    mix: Tensor,  # (2, D)
+    skip: tuple[Tensor, Tensor, Tensor] | None,  # (B, T, D), weight (D,), gate (D,)
+    weight: Tensor,  # ((H + 2 G) d, D): rows of q, then k, then v
+    gain: Tensor,  # (H,)
+    cos: Tensor,  # (T, R/2)
+    sin: Tensor,  # (T, R/2)
+    scale: float,
+    mask: Any = None,  # of attention_mask
+    parts: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y (B, T, H, d), mixed x, x0 and x as it came (B, T, D)
+    """attention of attention_input's heads, or of other implementations of these two; then what the latter returns."""
+    of_stream, of_heads = parts or (attention_input, attention_qkv)
+    heads, mixed, x0, came = of_stream(x, x0, mix, skip, weight, gain, cos, sin, scale)
+    return of_heads(heads, (heads.size(2) - gain.size(0)) // 2, mask), mixed, x0, came
 
 
 def attention_tail(

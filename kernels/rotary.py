@@ -21,11 +21,14 @@ row_scale, inv_rms float32. Arithmetic in float32, rounded once. Forward in plac
 backward: those and q and k once more. dgain is summed in a fixed order.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import DTYPES, HEAD_DIMS, expect, expect_one_gpu, programs, settings
+from kernels.attention_hopper import ROWS, attention_bwd_sums
+from kernels.launch import DTYPES, HEAD_DIMS, expect, expect_one_gpu, settings
 from kernels.reference import RMS_EPS
 from kernels.residual import column_sum
 
@@ -34,9 +37,9 @@ _GAIN_FLOOR = tl.constexpr(1e-30)
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
-# A tile is [D / HALF, ROWS, HEADS, HALF]: the compiler hands lanes to the first dimension after the last, so that
-# they lie side by side along a head. A value's partner in the rotation lies in the other of the first two chunks of
-# HALF = R/2 values, and is read once more, from the L1 cache.
+# The compiler hands lanes to the first dimension after the last: that is the chunks of a head, so that lanes lie side
+# by side along it. Forward, a tile is [D / HALF, ROWS, HEADS, HALF]. A value's partner in the rotation lies in the
+# other of the first two chunks of HALF = R/2 values, and is read once more, from the L1 cache.
 @triton.jit
 def qkv_angles(cos, sin, o_m, o_c, o_j, m_m, T, HALF: tl.constexpr):
     """cos and signed sin for each value of a row: R z = z * cos + partner * sin. 1 and 0 outside the rotated dims."""
@@ -83,49 +86,61 @@ def qkv_fwd_kernel(
 
 @triton.jit
 def qkv_bwd_kernel(
-    grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, partial, M, T, stride_grad, stride_out, stride_raw,
+    sums, grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, partial, sums_scale, T,
+    stride_grad, stride_out, stride_raw,
     QUERIES: tl.constexpr, NORMED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    PAD: tl.constexpr, ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """partial (programs, PAD): this program's share of dgain. grad_raw may be grad."""
-    o_c = tl.arange(0, D // HALF)[:, None, None, None]
-    o_h = tl.arange(0, PAD)[None, None, :, None]
-    o_j = tl.arange(0, HALF)[None, None, None, :]
+    """ROWS rows of one head of HEADS. The gradient of queries is sums_scale sums where there are any, else grad like
+    that of the other heads. partial (row blocks, QUERIES): this program's share of dgain. grad_raw may be grad."""
+    head = tl.program_id(0) % HEADS
+    block = tl.program_id(0) // HEADS
+    batch = block // tl.cdiv(T, ROWS)
+    tile = block % tl.cdiv(T, ROWS)
+    o_c = tl.arange(0, D // (2 * HALF))[:, None, None]
+    o_t = (tile * ROWS + tl.arange(0, ROWS))[None, :, None]
+    o_j = tl.arange(0, HALF)[None, None, :]
+    o_m = batch.to(tl.int64) * T + o_t
+    o_d = head * D + o_c * (2 * HALF) + o_j
+    m_t = o_t < T
+    m_n = m_t & (head < NORMED)
+    m_g = m_t
+    if sums is not None:
+        m_g = m_t & (head >= QUERIES)
+    # The first and the second values of pairs, of which those of chunk 0 are rotated: [D / (2 HALF), ROWS, HALF] each.
+    b_d1 = tl.load(grad + o_m * stride_grad + o_d, mask=m_g, other=0.0).to(tl.float32)
+    b_d2 = tl.load(grad + o_m * stride_grad + o_d + HALF, mask=m_g, other=0.0).to(tl.float32)
+    b_y1 = tl.load(out + o_m * stride_out + o_d, mask=m_n, other=0.0).to(tl.float32)
+    b_y2 = tl.load(out + o_m * stride_out + o_d + HALF, mask=m_n, other=0.0).to(tl.float32)
+    if sums is not None:  # noqa: SIM102 (a compile-time condition)
+        if head < QUERIES:
+            p_sums = sums + ((batch * QUERIES + head).to(tl.int64) * tl.cdiv(T, ROWS) + tile) * (ROWS * D)
+            b_d = tl.reshape(attention_bwd_sums(p_sums, ROWS, D) * sums_scale, [ROWS, D // (2 * HALF), 2, HALF])
+            b_d1, b_d2 = tl.split(tl.permute(b_d, (1, 0, 3, 2)))
+    b_cos = tl.load(cos + o_t * HALF + o_j, mask=m_n & (o_c == 0), other=1.0)
+    b_sin = tl.load(sin + o_t * HALF + o_j, mask=m_n & (o_c == 0), other=0.0)
+    b_inv = tl.load(inv_rms + o_m * NORMED + head, mask=m_n, other=0.0)
     b_gain = 1.0
     b_inverse = 1.0
     if gain is not None:
-        b_gain = tl.load(gain + o_h, mask=o_h < QUERIES, other=1.0)
+        b_gain = tl.load(gain + head, mask=head < QUERIES, other=1.0)
         b_inverse = tl.where(tl.abs(b_gain) > _GAIN_FLOOR, 1.0 / b_gain, 0.0)
-    b_dgain = tl.zeros([1, ROWS, PAD, 1], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        o_m = (block * ROWS + tl.arange(0, ROWS))[None, :, None, None]
-        m_m = o_m < M
-        m_h = m_m & (o_h < HEADS)
-        m_n = m_m & (o_h < NORMED)
-        m_r = m_n & (o_c < 2)
-        p_grad = grad + o_m.to(tl.int64) * stride_grad + o_h * D
-        p_out = out + o_m.to(tl.int64) * stride_out + o_h * D
-        # [D / HALF, ROWS, PAD, HALF]
-        b_d = tl.load(p_grad + o_c * HALF + o_j, mask=m_h, other=0.0).to(tl.float32)
-        b_y = tl.load(p_out + o_c * HALF + o_j, mask=m_n, other=0.0).to(tl.float32)
-        b_d_other = tl.load(p_grad + (o_c ^ 1) * HALF + o_j, mask=m_r, other=0.0).to(tl.float32)
-        b_y_other = tl.load(p_out + (o_c ^ 1) * HALF + o_j, mask=m_r, other=0.0).to(tl.float32)
-        b_cos, b_sin = qkv_angles(cos, sin, o_m, o_c, o_j, m_m, T, HALF)
-        b_inv = tl.load(inv_rms + o_m.to(tl.int64) * NORMED + o_h, mask=m_n, other=0.0)
-        b_scale = 1.0
-        if row_scale is not None:
-            b_scale = tl.load(row_scale + o_m, mask=m_m, other=0.0)
 
-        b_dot = tl.sum(tl.sum(b_d * b_y, 3, keep_dims=True), 0, keep_dims=True)
-        b_dgain += b_dot
-        b_mean = b_dot / D * b_inverse
-        b_own = (b_d * b_gain - b_y * b_mean) * b_cos
-        b_partner = (b_d_other * b_gain - b_y_other * b_mean) * b_sin
-        b_raw = tl.where(o_h < NORMED, (b_own - b_partner) * b_inv, b_d * b_scale).to(grad_raw.dtype.element_ty)
-        tl.store(grad_raw + o_m.to(tl.int64) * stride_raw + o_h * D + o_c * HALF + o_j, b_raw, mask=m_h)
+    b_dot = tl.sum(tl.sum(b_d1 * b_y1 + b_d2 * b_y2, 2, keep_dims=True), 0, keep_dims=True)
+    b_mean = b_dot / D * b_inverse
+    b_w1 = (b_d1 * b_gain - b_y1 * b_mean) * b_inv
+    b_w2 = (b_d2 * b_gain - b_y2 * b_mean) * b_inv
+    b_raw1 = b_w1 * b_cos - b_w2 * b_sin
+    b_raw2 = b_w2 * b_cos + b_w1 * b_sin
+    if HEADS > NORMED:
+        b_scale = tl.load(row_scale + o_m, mask=m_t, other=0.0)
+        b_raw1 = tl.where(head < NORMED, b_raw1, b_d1 * b_scale)
+        b_raw2 = tl.where(head < NORMED, b_raw2, b_d2 * b_scale)
+    p_raw = grad_raw + o_m * stride_raw + o_d
+    tl.store(p_raw, b_raw1.to(grad_raw.dtype.element_ty), mask=m_t)
+    tl.store(p_raw + HALF, b_raw2.to(grad_raw.dtype.element_ty), mask=m_t)
     if gain is not None:
-        b_dgain = tl.sum(b_dgain, 1, keep_dims=True) * b_inverse
-        tl.store(partial + tl.program_id(0) * PAD + o_h, b_dgain)
+        tl.store(partial + block * QUERIES + head, tl.sum(b_dot) * b_inverse, mask=head < QUERIES)
 
 
 # ------------------------------------------------------------------------------------------------------- launching
@@ -149,17 +164,19 @@ def _forward(raw, out, gain, cos, sin, row_scale, queries, keys):
     return inv_rms
 
 
-def _backward(grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, queries, keys):
+def _backward(grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, queries, keys, sums=None, sums_scale=1.0):
+    """grad, out and grad_raw (M, heads, D), rows at any distance; heads after the keys are values."""
     rows, heads, dim = grad.shape
-    config = settings("rotary", grad.device)["backward"]
-    shape = _shape(config, queries, keys, heads, dim, cos.shape[1])
-    count = programs(config["per_sm"], triton.cdiv(rows, shape["ROWS"]), grad.device)
-    partial = torch.empty((count, shape["PAD"]), dtype=torch.float32, device=grad.device)
-    qkv_bwd_kernel[(count,)](
-        grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, partial, rows, cos.shape[0],
-        grad.stride(0), out.stride(0), grad_raw.stride(0), **shape,
+    length, half = cos.shape
+    blocks = rows // length * triton.cdiv(length, ROWS.value)
+    partial = torch.empty((blocks, queries), dtype=torch.float32, device=grad.device)
+    qkv_bwd_kernel[(blocks * heads,)](
+        sums, grad, out, grad_raw, gain, cos, sin, row_scale, inv_rms, partial, sums_scale, length,
+        grad.stride(0), out.stride(0), grad_raw.stride(0),
+        QUERIES=queries, NORMED=queries + keys, HEADS=heads, D=dim, HALF=half, ROWS=ROWS.value,
+        num_warps=max(1, settings("rotary", grad.device)["backward"]["num_warps"] * dim // 64),
     )  # fmt: skip
-    return None if gain is None else column_sum(partial)[:queries]
+    return None if gain is None else column_sum(partial)
 
 
 def expect_rotary(op: str, dim: int, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int, **others):
@@ -223,6 +240,26 @@ def qkv_backward(
     )  # fmt: skip
     draw = torch.empty_like(dqkv)
     return draw, _backward(dqkv, qkv, draw, gain, cos[:length], sin[:length], row_scale, inv_rms, heads, kv_heads)
+
+
+def qkv_backward_(
+    draw: torch.Tensor,  # (M, H + 2G, D): the gradient of q, k and v, overwritten
+    sums: torch.Tensor | None,  # of `attention.backward`, if q's gradient is there, and v's in draw is as it has to be
+    qkv: torch.Tensor,  # (M, H + 2G, D): what qkv_forward left
+    gain: torch.Tensor,  # (H,) float32
+    cos: torch.Tensor,  # (T or more, R/2) float32
+    sin: torch.Tensor,  # (T or more, R/2) float32
+    inv_rms: torch.Tensor,  # (M, H + G) float32, of qkv_forward
+    row_scale: torch.Tensor,  # (M,) float32
+    kv_heads: int,
+    length: int,  # T
+) -> torch.Tensor:  # dgain (H,) float32
+    """qkv_backward in place, of what `attention.backward` made."""
+    heads, cos, sin = gain.numel(), cos[:length], sin[:length]
+    if sums is None:
+        return _backward(draw, qkv, draw, gain, cos, sin, row_scale, inv_rms, heads, kv_heads)
+    draw, scale = draw[:, : heads + kv_heads], 1.0 / math.sqrt(qkv.shape[-1])
+    return _backward(draw, qkv, draw, gain, cos, sin, None, inv_rms, heads, kv_heads, sums, scale)
 
 
 # ---------------------------------------------------------------------------------------------------- registration

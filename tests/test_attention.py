@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from kernels import attention as module
 from kernels import attention_hopper as hopper
-from kernels import reference
+from kernels import reference, rotary
 from kernels.attention import attention, attention_qkv
 from kernels.launch import configs
 from tests import kernel_tools
@@ -96,6 +96,18 @@ def test_interpreted_packed(shape, documents, poisoned):
         assert error(a, b) <= 2e-6, name
 
 
+def sums_of(grad_q):
+    """A gradient (B, T, H, D) in the order of the accumulators of the Hopper backward, which keeps it so."""
+    batch, length, heads, dim = grad_q.shape
+    blocks = -(-length // 64)
+    padded = F.pad(grad_q, (0, 0, 0, 0, 0, 64 * blocks - length))
+    d, query = torch.arange(dim)[:, None], torch.arange(64)[None, :]
+    offset = ((d // 16 * 8 + query // 8) * 32 + d % 8 * 4 + query % 8 // 2) * 4 + d // 8 % 2 * 2 + query % 2
+    sums = torch.empty(batch, heads, blocks, dim * 64)
+    sums[..., offset.flatten()] = padded.view(batch, blocks, 64, heads, dim).permute(0, 3, 1, 4, 2).flatten(-2)
+    return sums
+
+
 @interpreted
 def test_documents_that_begin_about_the_edges_of_tiles(poisoned):
     shape = (1, 70, 2, 1, 16)
@@ -148,19 +160,31 @@ def test_values_about_the_floor_of_their_norm(size):
 @interpreted
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sums_of_grad_q_are_put_in_order(dim):
-    """The Hopper backward keeps grad_q in the order of its accumulators; the finishing kernel must undo just that."""
     batch, length, heads = 2, 100, 3
     expected = torch.randn(batch, length, heads, dim)
-    tiles = torch.zeros(batch, heads, 2, dim, 64)
-    padded = F.pad(expected, (0, 0, 0, 0, 0, 28))
-    tiles.copy_(padded.view(batch, 2, 64, heads, dim).permute(0, 3, 1, 4, 2))
-    d, query = torch.arange(dim)[:, None], torch.arange(64)[None, :]
-    offset = ((d // 16 * 8 + query // 8) * 32 + d % 8 * 4 + query % 8 // 2) * 4 + d // 8 % 2 * 2 + query % 2
-    sums = torch.empty(batch, heads, 2, dim * 64)
-    sums[..., offset.flatten()] = tiles.flatten(-2)
+    sums = sums_of(expected)
     out = torch.empty(batch, length, heads, dim)
     hopper.attention_bwd_finish_kernel[(batch * heads, 2)](sums, out, heads * dim, length, heads, 0.5, ROWS=64, D=dim)
     assert torch.equal(out, expected * 0.5)
+
+    # From sums as from a gradient in place: the rest of the way to the raw product. Values have their factor then.
+    gain, half = torch.randn(heads) + 3, 8
+    cos, sin = reference.rotary_table(length, 2 * half, 1e4, length)
+    grad, qkv = (torch.randn(batch, length, heads + 2, dim) for _ in range(2))
+    inverse = torch.rand(batch * length, heads + 1) + 0.5
+    row_scale = torch.rand(batch * length)
+    grad[:, :, :heads] = expected * dim**-0.5
+    found = grad.clone()
+    found[:, :, :heads] = float("nan")
+    found[:, :, -1] *= row_scale.view(batch, length, 1)
+    both = [
+        rotary.qkv_backward_(
+            draw.flatten(0, 1), given, qkv.flatten(0, 1), gain, cos, sin, inverse, row_scale, 1, length
+        )
+        for draw, given in ((found, sums), (grad, None))
+    ]
+    for a, b in ((found, grad), both):
+        assert error(a, b.double()) < 1e-6
 
 
 @interpreted
@@ -229,7 +253,9 @@ def test_cpu_tensors_are_refused():
 
 
 # -------------------------------------------------------------------------------------- on the CPU, compiled for H100
-TYPES = dict.fromkeys(("scale", "scale_log2"), "fp32") | dict.fromkeys(("s", "lse", "delta", "p_gq"), "*fp32")
+TYPES = dict.fromkeys(("scale", "scale_log2"), "fp32") | dict.fromkeys(
+    ("s", "lse", "delta", "p_gq", "row_scale"), "*fp32"
+)
 TYPES |= dict.fromkeys(("document_starts", "document_ends", "counter"), "*i32")
 TYPES |= {"T_PAD": "i32:16"} | dict.fromkeys(("heads", "kv_heads", "chunk", "tiles"), "i32")
 

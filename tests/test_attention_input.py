@@ -1,11 +1,13 @@
-"""The op between the residual stream and attention: against the reference in float64, and how it threads x0."""
+"""The op between the residual stream and attention, alone and with attention behind it: against the reference in
+float64, and how it threads x0."""
 
 import pytest
 import torch
 
-from kernels import reference
-from kernels.attention_input import attention_input
-from tests.kernel_tools import error, gpu, interpreted
+from kernels import attention, reference
+from kernels.attention_input import attention_input, attention_layer
+from tests.kernel_tools import error, gpu, graphed, interpreted
+from tests.test_attention import sums_of
 
 
 def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip, rope=8):
@@ -20,6 +22,22 @@ def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip, rope=8):
     weight = (normal((heads + 2 * kv_heads) * head_dim, dim, kind=torch.float32) * dim**-0.5).to(dtype)
     rotary = reference.rotary_table(length, rope, 1e4, length, device)
     return streams, floats, weight, rotary
+
+
+def pair(kind, batch, length, device, deterministic=False):
+    """The op and its reference. kind: "input", "layer" or, with documents of 1, 1, 2, 3, 4... tokens, "documents"."""
+    if kind == "input":
+        return attention_input, reference.attention_input
+    starts = mask = None
+    if kind == "documents":
+        first = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        first[:, [n * (n + 1) // 2 for n in range(length) if n * (n + 1) // 2 < length]] = True
+        starts, mask = attention.document_starts(first), reference.attention_mask(first)
+
+    def layer(*inputs):
+        return attention_layer(*inputs, starts, deterministic)
+
+    return layer, lambda *inputs: reference.attention_layer(*inputs, mask)
 
 
 def run(op, case, dtype=None, layers=2):
@@ -38,8 +56,8 @@ def run(op, case, dtype=None, layers=2):
     skip = (skip[0], *skip_vectors) if skip else None
     collected = []
     for _ in range(layers):
-        qkv, x, x0, before = op(x, x0, mix, skip, leaves[-1], gain, *rotary, 0.5)
-        collected += [qkv, before]
+        found, x, x0, before = op(x, x0, mix, skip, leaves[-1], gain, *rotary, 0.5)
+        collected += [found, before]
     outputs = (*collected, x)
     generator = torch.Generator().manual_seed(4)
     grads = [torch.randn(y.shape, generator=generator).to(weight.device, case[2].dtype).to(y.dtype) for y in outputs]
@@ -51,11 +69,47 @@ def run(op, case, dtype=None, layers=2):
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("shape", [(2, 5, 2, 1, 16), (1, 7, 4, 4, 16)])
-def test_values_in_the_interpreter(shape, layers, skip, poisoned):
+@pytest.mark.parametrize("kind", ["input", "layer", "documents"])
+def test_values_in_the_interpreter(kind, shape, layers, skip, poisoned):
     case = make(*shape, torch.float32, "cpu", skip)
-    truth = run(reference.attention_input, case, torch.float64, layers)
-    for i, (a, b) in enumerate(zip(run(attention_input, case, layers=layers), truth, strict=True)):
+    ours, exact = pair(kind, *shape[:2], "cpu")
+    truth = run(exact, case, torch.float64, layers)
+    for i, (a, b) in enumerate(zip(run(ours, case, layers=layers), truth, strict=True)):
         assert error(a, b) < 2e-5, i
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 70, 2, 1, 16), (1, 5, 3, 3, 32)])
+def test_a_layer_whose_attention_leaves_sums(shape, monkeypatch, poisoned):
+    """As on Hopper: no gradient of q but its sums, and v's with its factor."""
+    portable = attention.backward
+
+    def hopper(*arguments):
+        *_, grad_q, _, grad_v, row_scale = arguments
+        assert portable(*arguments) is None
+        sums = sums_of(grad_q * grad_q.size(3) ** 0.5)
+        grad_q.fill_(float("nan"))
+        grad_v.mul_(row_scale.view(*grad_v.shape[:2], 1, 1))
+        return sums
+
+    monkeypatch.setattr(attention, "backward", hopper)
+    case = make(*shape, torch.float32, "cpu", True)
+    ours, exact = pair("documents", *shape[:2], "cpu")
+    truth = run(exact, case, torch.float64)
+    for i, (a, b) in enumerate(zip(run(ours, case), truth, strict=True)):
+        assert error(a, b) < 2e-5, i
+
+
+@interpreted
+def test_a_layer_of_which_only_the_stream_is_used():
+    (x, *others), (mix, gain), weight, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", False)
+    gradients = []
+    for op, dtype in zip(pair("layer", 1, 4, "cpu"), (torch.float32, torch.float64), strict=True):
+        leaf = x.to(dtype).requires_grad_()
+        x0, *rest = (t.to(dtype) for t in (*others, mix, weight, gain, *rotary))
+        _, mixed, *_ = op(leaf, x0, rest[0], None, *rest[1:], 0.5)
+        gradients += torch.autograd.grad(mixed.sum(), leaf)
+    assert error(*gradients) < 1e-6
 
 
 @interpreted
@@ -101,13 +155,18 @@ def test_registration(skip):
     streams, floats, weight, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", skip)
     mix, gain, *vectors = floats
     inputs = (*streams[:2], mix, *((streams[2], *vectors) if skip else (None,) * 3), weight, gain, *rotary)
-    saved = torch.ops.golf.attention_input(*inputs, 0.5)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.golf.attention_input.default, (*inputs, 0.5), test_utils=checks)
+    qkv, mixed, rstd, inverse = torch.ops.golf.attention_input(*inputs, 0.5)
+    attended = torch.ops.golf.attention_qkv(qkv, 1, None, True)
+
+    def check(op, *arguments):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    check(torch.ops.golf.attention_input, *inputs, 0.5)
+    for g, *more in ((qkv, None, None, None), (attended[0], *attended)):
+        check(torch.ops.golf.heads_backward, g, qkv, *inputs[-3:], rstd, inverse, 0.5, None, *more, True)
     for more in (None, torch.randn_like(streams[0])):
-        gradients = (torch.randn_like(saved[0]), torch.randn_like(streams[0]), more, more)
-        backward = torch.ops.golf.attention_input_backward.default
-        torch.library.opcheck(backward, (*gradients, *inputs, *saved, 0.5), test_utils=checks)
+        gradients = (torch.randn_like(qkv), torch.randn_like(streams[0]), more, more)
+        check(torch.ops.golf.attention_input_backward, *gradients, *inputs[:7], mixed, rstd)
 
 
 @gpu
@@ -116,18 +175,48 @@ class TestGPU:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("rope", [8, 16])  # 16: head norms and rotary in the product's epilogue on Hopper
     @pytest.mark.parametrize("shape", [(2, 333, 8, 4, 64), (1, 65, 4, 1, 128)])
-    def test_no_further_from_float64_than_eager(self, shape, rope, dtype, skip, poisoned):
+    @pytest.mark.parametrize("kind", ["input", "layer", "documents"])
+    def test_no_further_from_float64_than_eager(self, kind, shape, rope, dtype, skip, poisoned):
         case = make(*shape, dtype, "cuda", skip, rope)
-        truth = run(reference.attention_input, case, torch.float64)
-        ours, eager = run(attention_input, case), run(reference.attention_input, case)
+        ours, exact = pair(kind, *shape[:2], "cuda")
+        self.compare(run(ours, case), run(exact, case), run(exact, case, torch.float64), dtype)
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("kind", ["layer", "documents"])
+    @pytest.mark.parametrize("shape", [(3, 2048, 8, 4, 64), (2, 64, 4, 2, 128), (2, 100, 6, 3, 32)])
+    def test_layers(self, shape, kind, deterministic, poisoned):
+        case = make(*shape, torch.bfloat16, "cuda", True, 16)
+        ours, exact = pair(kind, *shape[:2], "cuda", deterministic)
+        self.compare(run(ours, case), run(exact, case), run(exact, case, torch.float64), torch.bfloat16)
+
+    def compare(self, ours, eager, truth, dtype):
         for i, (a, b, c) in enumerate(zip(ours, eager, truth, strict=True)):
             # A sum for each of a few heads is a small sample of roundings: there one unit of the dtype is allowed.
             assert error(a, c) <= error(b, c) + (1e-6 if c.numel() > 32 else torch.finfo(dtype).eps), i
 
-    def test_repeats_to_the_bit_and_compiles_whole(self):
+    @pytest.mark.parametrize("kind", ["input", "layer", "documents"])
+    def test_repeats_to_the_bit_and_compiles_whole(self, kind):
         case = make(2, 256, 8, 4, 64, torch.bfloat16, "cuda", True)
-        first = run(attention_input, case)
-        assert all(torch.equal(a, b) for a, b in zip(first, run(attention_input, case), strict=True))
-        whole = torch.compile(attention_input, fullgraph=True)
+        op, _ = pair(kind, 2, 256, "cuda", deterministic=True)
+        first = run(op, case)
+        assert all(torch.equal(a, b) for a, b in zip(first, run(op, case), strict=True))
+        whole = torch.compile(op, fullgraph=True)
         for a, b in zip(run(whole, case), first, strict=True):
             assert error(a, b.double()) < 1e-3
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_cuda_graph(self, deterministic):
+        (x, x0), (mix, gain), weight, rotary = make(2, 512, 8, 4, 64, torch.bfloat16, "cuda", False, 16)
+        leaves = [t.requires_grad_() for t in (x, x0, mix, weight, gain)]
+        op, _ = pair("documents", 2, 512, "cuda", deterministic)
+
+        def step():
+            y, mixed, *_ = op(x, x0, mix, None, weight, gain, *rotary, 0.5)
+            return y, *torch.autograd.grad((y, mixed), leaves, (y.detach(), mixed.detach()))
+
+        graph, found = graphed(step)
+        with torch.no_grad():
+            x.mul_(1.5)
+        graph.replay()
+        for a, b in zip(found, step(), strict=True):
+            assert torch.equal(a, b) if deterministic else error(a, b.double()) < 2e-3

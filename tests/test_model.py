@@ -367,6 +367,9 @@ def test_an_explicit_choice_of_kernels_never_falls_back(monkeypatch: pytest.Monk
     assert select("auto", torch.device("cuda")).names["mlp"] == "triton"
     without = select("auto,attention=compiled", torch.device("cuda")).names
     assert (without["attention"], without["attention_mask"], without["mlp"]) == ("compiled", "compiled", "triton")
+    assert select("auto", torch.device("cuda")).fused_layer
+    for part in ("auto,attention=compiled", "auto,attention_input=reference", "compiled,attention=triton"):
+        assert select(part, torch.device("cuda")).fused_layer is None
     limits = (
         ({"num_heads": 1, "num_kv_heads": 1, "model_dim": 256}, "heads of 256.*attention, attention_input"),
         ({"num_heads": 3, "num_kv_heads": 3, "model_dim": 72}, "heads of 24"),

@@ -294,9 +294,9 @@ def test_cpu_tensors_are_refused():
 # -------------------------------------------------------------------------------------- on the CPU, compiled for H100
 TYPES = (
     dict.fromkeys(("places", "tokens"), "*i64") | dict.fromkeys(("first", "last"), "*i32")
-    | {"ordered": "*i16", "starts": "*u8", "scale": "fp32", "T": "i32:16"}
+    | {"ordered": "*i16", "starts": "*u8", "scale": "fp32", "sums_scale": "fp32", "T": "i32:16"}
     | dict.fromkeys(("mix", "skip_weight", "skip_gate", "rstd", "partial", "gain", "cos", "sin", "row_scale", "inv_rms",
-                     "weight", "gate", "dweight", "slots"), "*fp32")
+                     "weight", "gate", "dweight", "slots", "sums"), "*fp32")
 )  # fmt: skip
 H100 = configs("h100")
 
@@ -327,10 +327,17 @@ def test_residual_kernels_compile(dim, skip):
 @compiled
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_rotary_kernels_compile(dim):
-    for kernel, name in ((rotary.qkv_fwd_kernel, "forward"), (rotary.qkv_bwd_kernel, "backward")):
-        built = compile_for_h100(kernel, TYPES, {}, rotary._shape(H100["rotary"][name], 8, 4, 16, dim, 8))
-        assert built.registers <= 255
+    sizes = {"QUERIES": 8, "NORMED": 12, "D": dim, "HALF": 8, "ROWS": 64}
+    warps = {"num_warps": max(1, H100["rotary"]["backward"]["num_warps"] * dim // 64)}
+    for kernel, constants, config in (
+        (rotary.qkv_fwd_kernel, {}, rotary._shape(H100["rotary"]["forward"], 8, 4, 16, dim, 8)),
+        (rotary.qkv_bwd_kernel, {**sizes, "HEADS": 16, "sums": None}, warps),
+        (rotary.qkv_bwd_kernel, {**sizes, "HEADS": 12, "row_scale": None}, warps),
+    ):
+        built = compile_for_h100(kernel, TYPES, constants, config)
+        assert built.registers <= (168 if kernel is rotary.qkv_bwd_kernel else 255)
         assert built.stack == 0
+        assert built.shared <= 32 * 1024
         assert "LDG.E.128" in built.sass
         assert "STG.E.128" in built.sass
 
