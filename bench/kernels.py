@@ -23,6 +23,7 @@ import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from kernels import (
     rotary,
 )
 from kernels import optimizer as updates
+from kernels.compiled import attention_qkv as compiled_attention_qkv
 
 # The backward of one graph is timed again and again: it may not use up what the forward saved.
 torch._functorch.config.donated_buffer = False
@@ -266,6 +268,23 @@ def attention_input_workload(case: str, small: bool, tokens: Tensor | None) -> W
         {"triton": call(attention_input.attention_input), "compiled": compiled(call(reference.attention_input))},
         ((6 + skips) * stream_bytes, (19 + 2 * skips) * stream_bytes),
         unit="gb_s",
+    )
+
+
+def attention_layer_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    inputs = attention_input_workload(case, small, tokens).inputs
+    cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, DEVICE)
+
+    def call(op: Function) -> Function:
+        return lambda x, x0, mix, weight, gain: op(x, x0, mix, None, weight, gain, cos, sin, 0.5)
+
+    peer = partial(reference.attention_layer, parts=(reference.attention_input, compiled_attention_qkv))
+    product, attended = 2.0 * inputs[0].numel() * 1024, 2.0 * inputs[0].numel() * LENGTH
+    return Workload(
+        inputs,
+        call(reference.attention_layer),
+        {"triton": call(attention_input.attention_layer), "compiled": compiled(call(peer))},
+        (product + attended, 2 * product + 2.5 * attended),
     )
 
 
@@ -573,6 +592,7 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[str, bool, Tensor | None], Workl
     "mlp": (("seed",), mlp_workload),
     "linear_add": (("seed",), linear_add_workload),
     "attention_input": (("seed", "skip"), attention_input_workload),
+    "attention_layer": (("seed",), attention_layer_workload),
     "rms_norm": (("seed",), rms_norm_workload),
     "residual_mix": (("seed",), residual_mix_workload),
     "qk_norm_rotary": (("seed",), qk_norm_rotary_workload),

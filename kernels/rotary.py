@@ -18,7 +18,8 @@ error is about half that of eager ops, which round every product.
 
 Shapes: qkv (M, H + 2G, D) contiguous, bf16 or fp16, D 16, 32, 64 or 128, R a power of two up to D; gain, cos, sin,
 row_scale, inv_rms float32. Arithmetic in float32, rounded once. Forward in place: 2 reads and writes of (M, H + 2G, D);
-backward: those and q and k once more. dgain is summed in a fixed order.
+backward: those and q and k once more; behind attention in place, q's gradient being read from its float32 sums, and v's
+left alone where it has its factor. dgain is summed in a fixed order.
 """
 
 import math
