@@ -677,8 +677,10 @@ def replayed(call: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Callab
         with torch.cuda.graph(graph, stream=stream):
             call()
     except Exception as failure:
-        torch.cuda.set_stream(before)  # a capture that failed may have left its own
+        torch.cuda.set_stream(before)  # a capture that failed may have left its own, and numbers drawn for its graph
         torch.cuda.synchronize()
+        numbers = torch.cuda.default_generators[torch.cuda.current_device()]
+        numbers.graphsafe_set_state(numbers.clone_state())
         print(f"not captured: {type(failure).__name__}: {str(failure)[:100]}")
         return call, False
 
