@@ -9,9 +9,9 @@ and no code has to move to another place of a register tile. Other codes are int
 the reference's to the bit, and products are summed in float32: the error is that of F.linear on the dequantised matrix.
 
 Traffic: 3/4 byte a weight. Up to `rows` rows of x (kernels/configs) one launch reads the codes, all of them at once,
-and before it waits for the launch ahead (programmatic dependent launch: codes do not depend on it). One row is
-multiplied by plain multiply-adds, some by tensor cores, `int6_few.py`. Beyond that the matrix is dequantised
-and the product is cuBLAS's: at M = 98304 the former is 1% of the time.
+and before it waits for the launch ahead (programmatic dependent launch: codes do not depend on it). Tensor cores
+multiply, `int6_few.py`, or plain multiply-adds, from how many rows on the table says. Beyond that the matrix is
+dequantised and the product is cuBLAS's: at M = 98304 the former is 1% of the time.
 """
 
 from typing import Any
@@ -126,7 +126,8 @@ def skinny_product(
     early = x.is_cuda and gpu(x.device)[0] >= (9, 0)
     options = {"launch_pdl": True} if early else {}
     if "few" in configs and rows >= configs["few"]["from"][kind] and width % 16 == 0:
-        int6_few.launch(x, codes, scales, gain, out, configs["few"][kind])
+        tall = kind == "short" and rows >= configs["few"]["from"]["tall"]
+        int6_few.launch(x, codes, scales, gain, out, configs["few"]["tall" if tall else kind])
     else:
         config = configs[kind]
         int6_row_kernel[(triton.cdiv(count, config["BLOCK_N"]), rows)](
