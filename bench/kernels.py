@@ -11,7 +11,8 @@ emptied before each; medians. Peers: `compiled` is torch.compile of the referenc
 `cudnn+xsa`, `fa4+xsa` (flash-attn-4) and `flex+xsa` compute attention with their own kernel and XSA with torch.compile;
 `liger` and `quack`; `eager`, the reference as it stands; and for what bench.optimizer and bench.packed time in their
 own ways, theirs. A peer that is not installed, raises or gives wrong values is left out with a word; ours ends the
-run. `triton-packed` is what the model calls: q, k and v are heads of one tensor, and so are their gradients.
+run. `triton-packed`: q, k and v are heads of one tensor, and so are their gradients; what training calls is
+`attention_layer`.
 `triton-fp8` is checked against a specification of its own. `reference_error` is the error of the framework's own op:
 cuDNN's, FlexAttention's for documents, else `compiled`. Writes bench/results/kernels-<gpu>.json and .png.
 """
@@ -36,6 +37,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench import optimizer, packed
 from bench.common import ceilings, document_starts, draw_panels, peer, read_tokens, relative_errors, write_result
+from gpt.config import BOS
 from kernels import (
     attention,
     attention_input,
@@ -51,6 +53,7 @@ from kernels import (
     rotary,
 )
 from kernels import optimizer as updates
+from kernels.compiled import attention_mask as compiled_attention_mask
 from kernels.compiled import attention_qkv as compiled_attention_qkv
 
 # The backward of one graph is timed again and again: it may not use up what the forward saved.
@@ -273,18 +276,41 @@ def attention_input_workload(case: str, small: bool, tokens: Tensor | None) -> W
 
 
 def attention_layer_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
+    """What training calls; `triton-apart`: its two ops, one after the other, as before they were one."""
     inputs = attention_input_workload(case, small, tokens).inputs
+    rows = inputs[0].size(0)
     cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, DEVICE)
+    starts = exact_mask = peer_mask = None
+    seen = torch.arange(1, LENGTH + 1, device=DEVICE).expand(rows, -1)
+    if case == "documents":
+        if tokens is None:
+            raise ValueError("case documents: wants --tokens, a shard of real text")
+        first = tokens[: rows * LENGTH].view(rows, LENGTH) == BOS
+        starts, exact_mask = attention.document_starts(first), reference.attention_mask(first)
+        peer_mask, seen = compiled_attention_mask(first), seen - starts
 
-    def call(op: Function) -> Function:
-        return lambda x, x0, mix, weight, gain: op(x, x0, mix, None, weight, gain, cos, sin, 0.5)
+    def call(op: Function, mask: Any) -> Function:
+        def run(x: Tensor, x0: Tensor, mix: Tensor, weight: Tensor, gain: Tensor, *skip: Tensor) -> Any:
+            return op(x, x0, mix, skip or None, weight, gain, cos, sin, 0.5, mask)
 
-    peer = partial(reference.attention_layer, parts=(reference.attention_input, compiled_attention_qkv))
-    product, attended = 2.0 * inputs[0].numel() * 1024, 2.0 * inputs[0].numel() * LENGTH
+        return run
+
+    apart, peer = (
+        partial(reference.attention_layer, parts=parts)
+        for parts in (
+            (attention_input.attention_input, attention.attention_qkv),
+            (reference.attention_input, compiled_attention_qkv),
+        )
+    )
+    product, attended = 2.0 * inputs[0].numel() * 1024, 4.0 * 512 * int(seen.sum())
     return Workload(
         inputs,
-        call(reference.attention_layer),
-        {"triton": call(attention_input.attention_layer), "compiled": compiled(call(peer))},
+        call(reference.attention_layer, exact_mask),
+        {
+            "triton": call(attention_input.attention_layer, starts),
+            "triton-apart": call(apart, starts),
+            "compiled": compiled(call(peer, peer_mask)),
+        },
         (product + attended, 2 * product + 2.5 * attended),
     )
 
@@ -594,7 +620,7 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[str, bool, Tensor | None], Workl
     "mlp": (("seed",), mlp_workload),
     "linear_add": (("seed",), linear_add_workload),
     "attention_input": (("seed", "skip"), attention_input_workload),
-    "attention_layer": (("seed",), attention_layer_workload),
+    "attention_layer": (("seed", "skip", "documents"), attention_layer_workload),
     "rms_norm": (("seed",), rms_norm_workload),
     "residual_mix": (("seed",), residual_mix_workload),
     "qk_norm_rotary": (("seed",), qk_norm_rotary_workload),

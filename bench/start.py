@@ -4,8 +4,9 @@
 
 Runs train.py twice, for a few steps, the layers changing halfway. Triton's and Inductor's caches are in a folder of
 their own, empty at first. `ms` is all that a run says to have taken before its first step, imports included,
-`warm_up_ms` the part in which kernels are compiled and graphs captured; `steps_ms` are those of its metrics.jsonl, all
-but the last. A run is ended behind its last step: what else train.py does is no start. Others go to train.py.
+`warm_up_ms` the part in which kernels are compiled and graphs captured; `steps_ms` are those of its metrics.jsonl,
+all but the last, `slowest_of_median` the slowest over the median before the layers change, and from there on. A run
+is ended behind its last step: what else train.py does is no start. Others go to train.py.
 Writes bench/results/start-<gpu>.json.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,12 +51,15 @@ def start(settings: list[str], iterations: int, folder: Path, case: str) -> dict
         raise RuntimeError(f"train.py ended before step {iterations}: {''.join(lines[-10:])}")
     total, warm_up = (round(1e3 * float(seconds)) for seconds in ready.groups())
     first = next((step for step in steps if steps[step]["layers"] != steps[1]["layers"]), iterations + 1)
+    took = [round(steps[step]["ms_per_step"], 1) for step in range(2, iterations + 1)]
+    parts = took[: first - 1], took[first - 1 :]
     return {
         "op": "start", "case": case, "impl": read_config(folder / case).kernels, "ms": total, "warm_up_ms": warm_up,
         "percent_of_ceiling": None,
         # The place in steps_ms: what stands beside a step there, is the time from the launch before to its own.
         "recurrence_from_step": first - 1,
-        "steps_ms": [round(steps[step]["ms_per_step"], 1) for step in range(2, iterations + 1)],
+        "slowest_of_median": [round(max(part) / statistics.median(part), 3) for part in parts if part],
+        "steps_ms": took,
     }  # fmt: skip
 
 
@@ -77,7 +82,10 @@ def main(arguments: list[str]) -> int:
                 print(f"bench.start: {error}", file=sys.stderr)
                 return 2
             whole, warm_up = (rows[-1][key] / 1e3 for key in ("ms", "warm_up_ms"))
-            print(f"{case}: {whole:.1f} s, {warm_up:.1f} s of them warm-up", flush=True)
+            slowest = " and ".join(f"{ratio:.2f}" for ratio in rows[-1]["slowest_of_median"])
+            print(
+                f"{case}: {whole:.1f} s, {warm_up:.1f} s of them warm-up; slowest steps {slowest} medians", flush=True
+            )
     print(write_result("start", " ".join(["python -m bench.start", *arguments]), {}, rows, options.out)[0])
     return 0
 

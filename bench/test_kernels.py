@@ -2,7 +2,8 @@
 
 BENCH_TOKENS=data/fineweb_val_000000.bin pytest bench/test_kernels.py --benchmark-group-by=param:op,param:case
 
-Its times are the host's, launch and waiting included; `device_ms` of extra_info is as bench.kernels measures.
+Its times are the host's, launch and waiting included; `device_ms` of extra_info is as bench.kernels measures, but of
+one implementation at a time.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def workload(op: str, case: str) -> tuple[Workload, dict[str, tuple[float, float
 
 
 IMPLEMENTATIONS = (
-    "triton", "triton-packed", "triton-deterministic", "triton-fp8", "compiled", "eager", "cudnn+xsa", "fa4+xsa",
-    "flex+xsa", "liger", "quack", "torch-fused", "gram-newton-schulz", "cublas", "torchao",
+    "triton", "triton-packed", "triton-apart", "triton-deterministic", "triton-fp8", "compiled", "eager",
+    "cudnn+xsa", "fa4+xsa", "flex+xsa", "liger", "quack", "torch-fused", "gram-newton-schulz", "cublas", "torchao",
 )  # fmt: skip
 
 

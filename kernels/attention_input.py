@@ -19,8 +19,8 @@ sums through gain, rotary and head norms, k's goes through them in place, and v'
 written. So qkv has one gradient instead of two, and that of q is rounded once.
 
 Streams of (B T, D) read and written, qkv being (H + 2 G) d / D of them: forward 4 + qkv; backward 9 + 5 qkv, as a layer
-9 + 4 qkv and those sums; one product forward, two backward, by cuBLAS. Source: system.md of this project's seed,
-parameter-golf pull request 1517.
+9 + 4 qkv and those sums; one product forward, two backward, by cuBLAS. Source: the seed of this project, parameter-golf
+pull request 1517.
 """
 
 from __future__ import annotations
@@ -221,6 +221,9 @@ def _apply(
         weight=(weight, weight.shape, x.dtype),
         document_starts=(document_starts, x.shape[:2], torch.int32),
     )  # fmt: skip
+    kv_heads = (rows // head_dim - gain.size(0)) // 2
+    if attend and gain.size(0) % kv_heads:
+        raise ValueError(f"{op} wants H a multiple of G; got {gain.size(0)} query and {kv_heads} KV heads")
     if attend and (x.size(1) > attention.longest(head_dim) or x.size(1) * rows >= 2**31):
         raise ValueError(
             f"{op} wants rows of at most {attention.longest(head_dim):,} tokens and fewer than 2**31 elements of qkv; "

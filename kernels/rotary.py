@@ -141,6 +141,7 @@ def qkv_bwd_kernel(
     tl.store(p_raw, b_raw1.to(grad_raw.dtype.element_ty), mask=m_t)
     tl.store(p_raw + HALF, b_raw2.to(grad_raw.dtype.element_ty), mask=m_t)
     if gain is not None:
+        b_dot = tl.where(m_t, b_dot, 0.0)  # sums past T need not be finite
         tl.store(partial + block * QUERIES + head, tl.sum(b_dot) * b_inverse, mask=head < QUERIES)
 
 

@@ -96,11 +96,12 @@ def test_interpreted_packed(shape, documents, poisoned):
         assert error(a, b) <= 2e-6, name
 
 
-def sums_of(grad_q):
-    """A gradient (B, T, H, D) in the order of the accumulators of the Hopper backward, which keeps it so."""
+def sums_of(grad_q, behind=0.0):
+    """A gradient (B, T, H, D) in the order of the accumulators of the Hopper backward, which keeps it so. behind: what
+    stands past T."""
     batch, length, heads, dim = grad_q.shape
     blocks = -(-length // 64)
-    padded = F.pad(grad_q, (0, 0, 0, 0, 0, 64 * blocks - length))
+    padded = F.pad(grad_q, (0, 0, 0, 0, 0, 64 * blocks - length), value=behind)
     d, query = torch.arange(dim)[:, None], torch.arange(64)[None, :]
     offset = ((d // 16 * 8 + query // 8) * 32 + d % 8 * 4 + query % 8 // 2) * 4 + d // 8 % 2 * 2 + query % 2
     sums = torch.empty(batch, heads, blocks, dim * 64)

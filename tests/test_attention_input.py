@@ -87,7 +87,7 @@ def test_a_layer_whose_attention_leaves_sums(shape, monkeypatch, poisoned):
     def hopper(*arguments):
         *_, grad_q, _, grad_v, row_scale = arguments
         assert portable(*arguments) is None
-        sums = sums_of(grad_q * grad_q.size(3) ** 0.5)
+        sums = sums_of(grad_q * grad_q.size(3) ** 0.5, float("nan"))
         grad_q.fill_(float("nan"))
         grad_v.mul_(row_scale.view(*grad_v.shape[:2], 1, 1))
         return sums
@@ -147,6 +147,14 @@ def test_bad_input_is_named():
         attention_input(*streams, mix, skip[:2], weight, gain, *rotary, 1.0)
     with pytest.raises(ValueError, match=r"cos of at least 4 positions; got \(3, 4\)"):
         attention_input(*streams, mix, None, weight, gain, *(table[:3] for table in rotary), 1.0)
+    arguments = (*streams, mix, None, weight, gain, *rotary, 1.0)
+    with pytest.raises(ValueError, match=r"layer wants document_starts \(1, 4\) torch.int32; got .* torch.int64"):
+        attention_layer(*arguments, torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"attention_layer wants H a multiple of G; got 2 query and 4 KV heads"):
+        attention_layer(*streams, mix, None, torch.zeros(160, 32), gain, *rotary, 1.0)
+    wide = torch.zeros(1, 4, 48)
+    with pytest.raises(ValueError, match=r"wants H a multiple of G; got 3 query and 2 KV heads"):
+        attention_layer(wide, wide, torch.zeros(2, 48), None, torch.zeros(112, 48), torch.zeros(3), *rotary, 1.0)
 
 
 @interpreted
@@ -156,14 +164,16 @@ def test_registration(skip):
     mix, gain, *vectors = floats
     inputs = (*streams[:2], mix, *((streams[2], *vectors) if skip else (None,) * 3), weight, gain, *rotary)
     qkv, mixed, rstd, inverse = torch.ops.golf.attention_input(*inputs, 0.5)
-    attended = torch.ops.golf.attention_qkv(qkv, 1, None, True)
 
     def check(op, *arguments):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
     check(torch.ops.golf.attention_input, *inputs, 0.5)
-    for g, *more in ((qkv, None, None, None), (attended[0], *attended)):
-        check(torch.ops.golf.heads_backward, g, qkv, *inputs[-3:], rstd, inverse, 0.5, None, *more, True)
+    heads = qkv, *inputs[-3:], rstd, inverse, 0.5
+    check(torch.ops.golf.heads_backward, qkv, *heads, None, None, None, None, True)
+    for given in (None, torch.tensor([[0, 0, 2, 2]], dtype=torch.int32)):
+        z, s, lse = torch.ops.golf.attention_qkv(qkv, 1, given, True)
+        check(torch.ops.golf.heads_backward, z, *heads, given, z, s, lse, True)
     for more in (None, torch.randn_like(streams[0])):
         gradients = (torch.randn_like(qkv), torch.randn_like(streams[0]), more, more)
         check(torch.ops.golf.attention_input_backward, *gradients, *inputs[:7], mixed, rstd)
@@ -183,7 +193,9 @@ class TestGPU:
 
     @pytest.mark.parametrize("deterministic", [False, True])
     @pytest.mark.parametrize("kind", ["layer", "documents"])
-    @pytest.mark.parametrize("shape", [(3, 2048, 8, 4, 64), (2, 64, 4, 2, 128), (2, 100, 6, 3, 32)])
+    @pytest.mark.parametrize(
+        "shape", [(3, 2048, 8, 4, 64), (3, 100, 8, 4, 64), (2, 332, 4, 2, 128), (2, 64, 4, 2, 128), (2, 100, 6, 3, 32)]
+    )
     def test_layers(self, shape, kind, deterministic, poisoned):
         case = make(*shape, torch.bfloat16, "cuda", True, 16)
         ours, exact = pair(kind, *shape[:2], "cuda", deterministic)

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from gpt.capture import Captured, micro_step
+from gpt.clock import Clock
 from gpt.config import Config, build_config
+from gpt.distributed import Ranks
 from gpt.model import GPT, orthogonal_
+from gpt.optimizer import Optimizer
 from kernels import KernelError, Ops, reference, select
 from tests.golden import GOLDEN, fill_model, golden_tokens, seed_parameter
 
@@ -247,6 +250,34 @@ def test_kernels_on_a_gpu_are_as_near_float64_as_the_reference(kernels: str, doc
     assert total <= 1.1 * peer_total
     # One vector of a few hundred numbers is a small sample of rounding errors: the bound is wide for each alone.
     assert {name: pair for name, pair in errors.items() if pair[0] > 3 * pair[1] + 1e-3} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_no_step_waits_for_the_device(document_mask: bool) -> None:
+    """Forward, backward, optimizer and what the clock notes, warm, before and after the layers change."""
+    device = torch.device("cuda")
+    config, ranks = small_config(document_mask), Ranks(0, 1, device)
+    model = GPT(config, select("auto", device), torch.bfloat16).initialise(3).to(device)
+    optimizer, clock = Optimizer(model, config, ranks), Clock(ranks)
+    depths = config.depth(False), config.depth(True)
+    run = micro_step(model, model.rotary(512), depths)
+    tokens = torch.randint(2, 1024, (4, 513), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def steps() -> None:
+        for i, depth in enumerate((*depths, *depths)):
+            loss = run(x, y, depth, 1.0)
+            clock.push(i, 0.0, torch.stack([loss]).sum(), optimizer.step(i, 1.0))
+
+    clock.start()
+    steps()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(clock.stop()) == 8
 
 
 @pytest.mark.gpu
