@@ -203,8 +203,8 @@ class TestGPU:
 
     def compare(self, ours, eager, truth, dtype):
         for i, (a, b, c) in enumerate(zip(ours, eager, truth, strict=True)):
-            # A sum for each of a few heads is a small sample of roundings: there one unit of the dtype is allowed.
-            assert error(a, c) <= error(b, c) + (1e-6 if c.numel() > 32 else torch.finfo(dtype).eps), i
+            # A sum for each of a few heads is a small sample of roundings: there two units of the dtype are allowed.
+            assert error(a, c) <= error(b, c) + (1e-6 if c.numel() > 32 else 2 * torch.finfo(dtype).eps), i
 
     @pytest.mark.parametrize("kind", ["input", "layer", "documents"])
     def test_repeats_to_the_bit_and_compiles_whole(self, kind):
