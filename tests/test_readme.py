@@ -163,7 +163,9 @@ def test_scores_are_the_data() -> None:
         whole, beside = (row for row in found if row["op"] == f"ttt_{form}" and row["impl"] == "triton")
         cells = next(line.split("|")[2:5] for line in README.splitlines() if line.startswith(f"| `{form}` "))
         figures = whole["gain_bpb"], beside["times_as_fast_as_plain"], whole["projection"]["seconds"]
-        assert tuple(cell.strip() for cell in cells) == tuple(f"{x:.{n}f}" for x, n in zip(figures, (4, 1, 0), strict=True))
+        assert tuple(cell.strip() for cell in cells) == tuple(
+            f"{x:.{n}f}" for x, n in zip(figures, (4, 1, 0), strict=True)
+        )
 
 
 def test_packed_is_the_data() -> None:
