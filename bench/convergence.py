@@ -86,6 +86,25 @@ def differences(rows: Sequence[dict[str, Any]], window: int) -> list[str]:
     return lines
 
 
+def apart(a: Sequence[float], b: Sequence[float], window: int = 25, since: int = 200) -> float:
+    """Root mean square of the differences of two curves' means of `window` steps, from step `since` on."""
+    means = (torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)).unfold(0, window, 1).mean(1)
+    return means[since:].square().mean().sqrt().item()
+
+
+def noise(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How far implementations are apart, and seeds of one: by how much the former may differ."""
+    lines = []
+    for a, b in itertools.combinations(rows, 2):
+        if (a["impl"] == b["impl"]) != (a["seed"] == b["seed"]):
+            what = f"{a['impl']} and {b['impl']}, seed {a['seed']}"
+            if a["impl"] == b["impl"]:
+                what = f"{a['impl']}, seeds {a['seed']} and {b['seed']}"
+            since = min(200, len(a["losses"]) // 2)
+            lines.append(f"{what}: {apart(a['losses'], b['losses'], since=since):.4f} nats apart from step {since} on")
+    return lines
+
+
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path, window: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -137,7 +156,7 @@ def main(arguments: list[str]) -> int:
     command = "python -m bench.convergence " + " ".join(arguments)
     path, _ = write_result("convergence", command, {}, rows, options.out)
     draw(rows, f"{options.steps} steps, one-gpu, {torch.cuda.get_device_name()}", path.with_suffix(".png"), 25)
-    print("\n".join(differences(rows, 25)))
+    print("\n".join([*differences(rows, 25), *noise(rows)]))
     print(path)
     return 0
 

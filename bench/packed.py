@@ -4,9 +4,9 @@
 
 int6_linear at 1 to 64 rows and at a whole batch, on the four shapes of the banks, values first; a case without a shape
 is one product of each. Weights are not in cache: calls go round copies of the matrix that exceed the L2 cache several
-times, in one CUDA graph, where launches of ours overlap as they do in a model (`triton-apart` forbids it). Peers:
-`cublas`, F.linear on the dequantised bf16 matrix; `torchao` and `gemlite`, int8 weights, where they are installed.
-Milliseconds are medians of replays over calls.
+times, in a CUDA graph each, which take turns; launches of ours overlap as they do in a model (`triton-apart` forbids
+it). Peers: `cublas`, F.linear on the dequantised bf16 matrix; `torchao` and `gemlite`, int8 weights, where they are
+installed. Milliseconds are medians of replays over calls.
 
 sample: a token of batch 1 from the model of preset one-gpu, 14 layers, random weights, the draw included: `triton` as
 quantize.py sample, packed and in a CUDA graph; `dense` the same graph on bf16 weights and eager ops; `eager` without a
@@ -20,7 +20,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ def linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def graph_ms(call: Call, copies: int, replays: int = 20) -> list[float]:
-    """Milliseconds of a call, of each replay of a graph that goes once round the copies."""
+def captured(call: Call, copies: int) -> torch.cuda.CUDAGraph:
+    """A graph that goes once round the copies."""
     for i in range(3):
         call(i % copies)
     torch.cuda.synchronize()
@@ -100,14 +100,20 @@ def graph_ms(call: Call, copies: int, replays: int = 20) -> list[float]:
     with torch.cuda.graph(graph):
         for i in range(copies):
             call(i)
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
+    return graph
+
+
+def in_turn(graphs: Mapping[str, torch.cuda.CUDAGraph], copies: int, rounds: int = 20) -> dict[str, list[float]]:
+    """Sorted milliseconds of a call of each, one graph after the other and round again: a slower card is so for all."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(graphs) + 1)] for _ in range(rounds + 1)]
+    for row in events:
+        row[0].record()
+        for graph, event in zip(graphs.values(), row[1:], strict=True):
+            graph.replay()
+            event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) / copies for a, b in itertools.pairwise(events)]
+    times = zip(*([a.elapsed_time(b) / copies for a, b in itertools.pairwise(row)] for row in events[1:]), strict=True)
+    return {name: sorted(each) for name, each in zip(graphs, times, strict=True)}
 
 
 def measure_products(rows: int, measured: dict[str, float]) -> list[dict[str, Any]]:
@@ -118,34 +124,36 @@ def measure_products(rows: int, measured: dict[str, float]) -> list[dict[str, An
         x = torch.randn(rows, columns, device=DEVICE).bfloat16()
         few = x[:4096].double()
         exact = few @ reference.int6_dequantise(codes[0], scales[0], None, columns, x.dtype).double().mT
-        spacer = 0.0
-        if rows <= 64:
-            spacer = statistics.median(graph_ms(torch.zeros(1, device=DEVICE).fill_, 400))
+        small, errors, graphs = rows <= 64, {}, {}
         for impl, call in calls(x, codes, scales):
             with peer(impl):
-                error = ((call(0)[:4096].double() - exact).norm() / exact.norm()).item()
-                if not error < LIMIT:
-                    raise ValueError(f"int6_linear m{rows}-{name} {impl}: wrong values, error {error}")
-                times = sorted(graph_ms(call, copies, 20 if rows <= 64 else 5))
-                ms = statistics.median(times) - (spacer if impl == "triton-apart" else 0.0)
-                flops, moved = (
-                    2.0 * rows * outputs * columns,
-                    BYTES[impl] * outputs * columns + 2.0 * rows * (outputs + columns),
-                )
-                small = rows <= 64
-                found.setdefault(impl, []).append(
-                    {
-                        "op": "int6_linear", "case": f"m{rows}-{name}", "impl": impl, "ms": round(ms, 5),
-                        "ms_p20": round(times[len(times) // 5], 5), "ms_p80": round(times[4 * len(times) // 5], 5),
-                        "tflops": None if small else round(flops / ms / 1e9, 1),
-                        "gb_s": round(moved / ms / 1e6, 1) if small else None,
-                        "percent_of_ceiling": round(
-                            100 * (moved / ms / 1e6 / measured["copy_gb_s"] if small
-                                   else flops / ms / 1e9 / measured["bf16_tflops"]), 1),
-                        "error": error,
-                    }
-                )  # fmt: skip
-                print(f"m{rows:<6d}{name:6s}{impl:14s}{1e3 * ms:9.2f} us   error {error:.2e}", flush=True)
+                errors[impl] = ((call(0)[:4096].double() - exact).norm() / exact.norm()).item()
+                if not errors[impl] < LIMIT:
+                    raise ValueError(f"int6_linear m{rows}-{name} {impl}: wrong values, error {errors[impl]}")
+                graphs[impl] = captured(call, copies)
+        if small:  # what stands between the calls of triton-apart
+            graphs["spacer"] = captured(torch.zeros(1, device=DEVICE).fill_, copies)
+        taken = in_turn(graphs, copies)
+        spacer = statistics.median(taken.pop("spacer", [0.0]))
+        for impl, times in taken.items():
+            low, ms, high = (
+                times[int(len(times) * q)] - (spacer if impl == "triton-apart" else 0.0) for q in (0.2, 0.5, 0.8)
+            )
+            flops = 2.0 * rows * outputs * columns
+            moved = BYTES[impl] * outputs * columns + 2.0 * rows * (outputs + columns)
+            found.setdefault(impl, []).append(
+                {
+                    "op": "int6_linear", "case": f"m{rows}-{name}", "impl": impl,
+                    "ms": round(ms, 5), "ms_p20": round(low, 5), "ms_p80": round(high, 5),
+                    "tflops": None if small else round(flops / ms / 1e9, 1),
+                    "gb_s": round(moved / ms / 1e6, 1) if small else None,
+                    "percent_of_ceiling": round(
+                        100 * (moved / ms / 1e6 / measured["copy_gb_s"] if small
+                               else flops / ms / 1e9 / measured["bf16_tflops"]), 1),
+                    "error": errors[impl],
+                }
+            )  # fmt: skip
+            print(f"m{rows:<6d}{name:6s}{impl:14s}{1e3 * ms:9.2f} us   error {errors[impl]:.2e}", flush=True)
     together = []
     framework = {row["case"]: row["error"] for row in found.get("cublas", ())}
     for impl, each in found.items():

@@ -11,8 +11,9 @@ more registers than two programs leave, and ptxas then waits for every single in
 Backward: a program owns 128 keys of one KV head and walks the query tiles of its group's heads. Each of two consumer
 warpgroups owns 64 keys: scores and dP are transposed, so that p and dS feed the products for grad_v and grad_k from
 registers. For D = 64 a third takes dS through shared memory and adds dS K to a float32 buffer of grad_q with vector
-reductions, whose order is not fixed. For D = 128 the two need its registers: each adds half the dimensions of grad_q.
-Five products a tile pair; the deterministic path of `attention.py` needs seven.
+reductions, whose order is not fixed; `finish` rounds it, or in a training step `rotary.py`, behind the head norms. For
+D = 128 the two need its registers: each adds half the dimensions of grad_q. Five products a tile pair; the
+deterministic path of `attention.py` needs seven.
 """
 
 import math

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import convergence
 from bench.common import short_name
 from bench.runs import compare
 from bench.scaling import INFINIBAND, NVLINK, expect
@@ -203,8 +204,7 @@ def test_loss_differences_are_the_data() -> None:
         return np.convolve(losses[a] - losses[b], np.ones(25) / 25, "valid")
 
     def apart(losses: dict[tuple[str, int], np.ndarray], a: tuple[str, int], b: tuple[str, int]) -> str:
-        """Their root mean square, from step 200 on."""
-        return f"{np.sqrt((means(losses, a, b)[200:] ** 2).mean()):.4f}"
+        return f"{convergence.apart(losses[a].tolist(), losses[b].tolist()):.4f}"
 
     whole, attention = curves("convergence-h100.json"), curves("convergence-attention-h100.json")
     implementations = [apart(whole, ("auto", seed), ("compiled", seed)) for seed in (1337, 1338)]
