@@ -4,10 +4,13 @@ float64, and how it threads x0."""
 import pytest
 import torch
 
-from kernels import attention, reference
+from gpt.config import BOS
+from gpt.model import GPT
+from kernels import attention, reference, select
 from kernels.attention_input import attention_input, attention_layer
 from tests.kernel_tools import error, gpu, graphed, interpreted
 from tests.test_attention import sums_of
+from tests.test_model import tiny
 
 
 def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip, rope=8):
@@ -110,6 +113,31 @@ def test_a_layer_of_which_only_the_stream_is_used():
         _, mixed, *_ = op(leaf, x0, rest[0], None, *rest[1:], 0.5)
         gradients += torch.autograd.grad(mixed.sum(), leaf)
     assert error(*gradients) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("kernels", ["triton", "triton,attention=reference"])  # the layer as one op, and as two
+def test_a_model_of_layers(kernels, document_mask, one_thread, poisoned):
+    """Loss and all gradients, with recurrence, skips and documents."""
+    small = {"num_layers": 3, "recur_layers": (1,), "num_heads": 2, "num_kv_heads": 1, "train_seq_len": 24}
+    config = tiny(**small, train_batch_tokens=48, micro_batch_tokens=48, document_mask=document_mask)
+    tokens = torch.randint(2, 64, (2, 25), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = tokens[0, 7] = tokens[0, 8] = tokens[1, 20] = BOS
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    found = {}
+    for name, dtype in ((kernels, torch.float32), ("reference", torch.float64)):
+        model = GPT(config, select(name, torch.device("cpu")), dtype).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.mean() == 1))
+        loss = model(x, y, config.depth(True), model.rotary(24))
+        loss.backward()
+        found[name] = loss.detach(), *(parameter.grad for parameter in model.parameters())
+        assert bool(model.ops.fused_layer) == (name == "triton")
+    for i, (a, b) in enumerate(zip(found[kernels], found["reference"], strict=True)):
+        assert error(a, b, 1e-4) < 1e-4, i
 
 
 @interpreted
