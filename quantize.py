@@ -31,7 +31,7 @@ from gpt.data import DataError, calibration_batches, load_validation
 from gpt.distributed import Ranks, distributed, run_program
 from gpt.generate import generate, stream_text
 from gpt.gptq import QuantisationError
-from gpt.ledger import LedgerError, audit_record, base_name, read_record, seal
+from gpt.ledger import LedgerError, audit_record, base_name, canonical, ledger_of, read_record, seal
 from gpt.model import BANKS, GPT
 from gpt.pack import pack
 from gpt.page import write_page
@@ -82,6 +82,10 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
     if stride > context:
         raise ConfigError(f"stride {stride}, context {context}: wanted stride <= context")
     forms = {text.replace(",", "-").replace("=", ""): parse_form(text) for text in arguments.ttt}
+    for form in forms.values():
+        form.check(context)
+    if arguments.only and arguments.stride and arguments.only == "plain" and not forms:
+        raise ConfigError("--plain --stride: rows side by side have no stride; wanted one of the two")
     if forms and arguments.packed:
         raise ConfigError("--packed --ttt: weights that stay packed cannot be trained; wanted one of the two")
 
@@ -102,11 +106,15 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
         return
     code = count_code(ROOT)
     shown = report(artifact, code, scores, ops.describe())
+    for name in forms:
+        if not any(line[0] == "train" for line in scores[name].ledger.lines):
+            shown += f"\n{name}: the text is too short for this form: nothing was trained"
     if not arguments.json:
         print(shown)
         return
     try:
         record = {
+            "seed": config.seed,
             "artifact_sha256": artifact.sha256,
             "artifact_bytes": artifact.nbytes,
             "code_bytes": code,
@@ -167,7 +175,12 @@ def audit_scores(arguments: Namespace, ranks: Ranks) -> int:
         of = f"{found.versions} versions of the weights, {found.trained:,d} tokens trained some; {found.lines} lines"
         print(f"{name}: {found.verdict}. {of}")
     print(f"artifact  {f'{file}: the one that was scored' if file else 'not at hand: --artifact'}")
-    print(f"shards    {f'{data}: the ones that were scored' if file and data else 'not compared: --data-path'}")
+    own = "" if arguments.data_path else ", which the record itself names"
+    print(f"shards    {f'{data}: the ones that were scored{own}' if file and data else 'not compared: --data-path'}")
+    claim = next(iter(record["scores"].values()))
+    whole = "" if canonical(claim["tokens"], claim["bytes"]) else "NOT "
+    print(f"text      {claim['tokens']:,} tokens, {claim['bytes']:,} bytes: {whole}FineWeb's validation, whole")
+    print(f"          sha256 of the tokens {ledger_of(path, claim)[0]['shards']}")
     if any(found.leaking for found in findings.values()):
         raise LedgerError(f"{path}: {' '.join(LEAKING)}")
     return 0 if file and data else 1

@@ -11,7 +11,6 @@ refused, and so are scores of different texts, forms, contexts or strides.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.ledger import seal
+from gpt.artifact import beside
+from gpt.ledger import artifact_of, audit_record, ledger_of, read_record
 
 THRESHOLD, LEVEL = 0.005, 0.01  # nats per token; p
 
@@ -89,6 +89,7 @@ class Result:
     bpb: float
     tokens: int
     bytes: int
+    shards: str  # SHA-256 of the tokens
     form: str
     context: int
     stride: int
@@ -98,21 +99,18 @@ class Result:
 
 
 def read_result(path: Path, name: str) -> Result:
-    """A score from a run's folder or a record.
+    """A score from a run's folder or a record, audited with its ledger and the artifact beside it.
 
-    Raises ValueError where there is none of that name, or where the record's seal is missing or not its own.
+    Raises ValueError where there is none of that name, or where the audit refuses the record.
     """
     file = path / "summary.json" if path.is_dir() else path
-    record: dict[str, Any] = json.loads(file.read_text())
-    if "seal" not in record:
-        raise ValueError(f"{file}: has no seal; wanted a record as train.py or quantize.py score --json writes it")
-    if seal(record) != record:
-        raise ValueError(f"{file}: the seal is not that of the record: it was changed")
-    scores = record.get("scores", {})
+    record = read_record(file)
+    artifact = artifact_of(record)
+    audit_record(file, **beside(file, None if path.is_dir() else artifact))
+    scores = record["scores"]
     if name not in scores:
-        raise ValueError(f"{file}: no score {name!r}; it has {', '.join(scores) or 'none'}")
+        raise ValueError(f"{file}: no score {name!r}; it has {', '.join(scores)}")
     found = scores[name]
-    artifact = record["artifact_sha256"] if "artifact_sha256" in record else record["artifact"]["sha256"]
     return Result(
         path,
         str(record.get("seed", "?")),
@@ -120,11 +118,12 @@ def read_result(path: Path, name: str) -> Result:
         found["nats"] / math.log(2) / found["bytes"],
         found["tokens"],
         found["bytes"],
+        ledger_of(file, found)[0]["shards"],
         found["form"],
         found["context"],
         found["stride"],
         found["settings"],
-        bool(record.get("leaking") or found.get("leaking")),
+        record["leaking"],
         artifact,
     )
 
@@ -132,12 +131,13 @@ def read_result(path: Path, name: str) -> Result:
 def compare(a: Sequence[Result], b: Sequence[Result]) -> str:
     """The table.
 
-    Raises ValueError where the scores are not of one text, form, context and stride, or those of one set not with the
-    same settings or two of one artifact.
+    Raises ValueError where the scores are not of one text, form, context and stride, those of one set not with the
+    same settings, or two of one artifact with the same settings.
     """
-    texts = {(result.tokens, result.bytes) for result in (*a, *b)}
+    texts = {(result.tokens, result.bytes, result.shards) for result in (*a, *b)}
     if len(texts) > 1:
-        raise ValueError(f"scores of different texts: {', '.join(f'{t:,} tokens of {n:,} bytes' for t, n in texts)}")
+        said = ", ".join(f"{t:,} tokens of {n:,} bytes, sha256 {sha[:16]}" for t, n, sha in sorted(texts))
+        raise ValueError(f"scores of different texts: {said}")
     for what in ("form", "context", "stride"):
         runs_of: dict[Any, list[str]] = {}
         for result in (*a, *b):
@@ -149,8 +149,8 @@ def compare(a: Sequence[Result], b: Sequence[Result]) -> str:
         if any(result.settings != results[0].settings for result in results):
             each = "; ".join(f"{result.path}: {result.settings}" for result in results)
             raise ValueError(f"scores in {name} with different settings of {results[0].form}: {each}")
-        if len({result.artifact for result in results}) < len(results):
-            raise ValueError("two of the runs have one artifact: they are one result")
+    if len({(result.artifact, *sorted(result.settings.items())) for result in (*a, *b)}) < len(a) + len(b):
+        raise ValueError("two of the runs have one artifact: they are one result")
     lines = [f"{'':4s}{'seed':>8s}{'nats/token':>13s}{'BPB':>11s}  run"]
     for name, results in (("A", a), ("B", b)):
         lines += [

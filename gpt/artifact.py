@@ -18,7 +18,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import brotli
 import numpy as np
@@ -293,6 +293,19 @@ def parse(data: bytes) -> Artifact:
         if not entry.name.endswith(".scales")
     }
     return Artifact(header, tensors, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def beside(record: Path, named: str | None = None) -> dict[str, Any]:
+    """What `ledger.audit_record` wants to know of the model.pga beside a record: SHA-256 and stamp.
+
+    Nothing where there is no such file or, with `named`, where it is not the artifact of that SHA-256. Raises
+    ArtifactError where it is damaged.
+    """
+    path = record.with_name("model.pga")
+    if not path.is_file():
+        return {}
+    found = load(path)
+    return {"artifact": found.sha256, "leaking": found.config.leaking} if named in (None, found.sha256) else {}
 
 
 def load(path: str | Path) -> Artifact:

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from gpt.artifact import ArtifactError, beside
 from gpt.config import ARTIFACT_LIMIT, PRESETS, Config
 from gpt.ledger import Findings, LedgerError, artifact_of, audit_record, read_record
 from gpt.record import RecordError, read_config, read_metrics, write_atomic
@@ -198,13 +199,19 @@ def _scores(summary: dict[str, Any], more: dict[str, dict[str, Any]]) -> str:
 
 
 def _audits(path: Path) -> dict[str, dict[str, Findings] | LedgerError]:
-    """What an audit says of summary.json and of every other record of scores beside it, from their files alone."""
+    """What an audit says of summary.json and of every other record of scores beside it, from their files and the
+    artifact beside them."""
     found: dict[str, dict[str, Findings] | LedgerError] = {}
+    try:
+        known = beside(path / "summary.json")
+    except ArtifactError as error:
+        return {"model.pga": LedgerError(str(error))}
     for file in (path / "summary.json", *sorted(set(path.glob("*.json")) - {path / "summary.json"})):
         content = _json(file)
         if isinstance(content, dict) and "scores" in content:  # what else lies there is none of ours
             try:
-                found[file.stem] = audit_record(file)
+                same = file.stem == "summary" or artifact_of(read_record(file)) == known.get("artifact")
+                found[file.stem] = audit_record(file, **(known if same else {}))
             except LedgerError as error:
                 found[file.stem] = error
     return found
@@ -242,6 +249,13 @@ def _differences(config: Config, other: Config) -> list[tuple[str, Any, Any]]:
 
 def page(path: Path, against: Path | None = None) -> str:
     """The page of a finished run's folder. Raises RecordError where it is none."""
+    try:
+        return _page(path, against)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RecordError(f"{path}: not as a run leaves it: {type(error).__name__}: {error}") from None
+
+
+def _page(path: Path, against: Path | None) -> str:
     config = read_config(path)
     summary, environment, parts = (_json(path / f"{name}.json") for name in ("summary", "environment", "parts"))
     for name, content in (("summary", summary), ("environment", environment)):
@@ -270,12 +284,13 @@ def page(path: Path, against: Path | None = None) -> str:
         ("commit", environment["git_commit"] or ""),
         ("artifact sha256", artifact["sha256"]),
     ]
-    leak = (
-        '<p class="bad">LEAKING: the weights were trained on the tokens that they are scored on. '
-        "These scores are worth nothing.</p>"
-        if config.leaking or summary.get("leaking")
-        else ""
-    )
+    refused = [escape(str(found)) for found in audits.values() if isinstance(found, LedgerError)]
+    leak = "".join(f'<p class="bad">REFUSED by the audit: {message}</p>' for message in refused)
+    if config.leaking or summary.get("leaking"):
+        leak += (
+            '<p class="bad">LEAKING: the weights were trained on the tokens that they are scored on. '
+            "These scores are worth nothing.</p>"
+        )
     changes = _differences(config, other)
     body = [
         f"<h1>{escape(path.resolve().name)}</h1>{leak}",

@@ -18,15 +18,12 @@ from typing import Any, Literal
 
 from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT
-from gpt.ledger import FIXED, LedgerError, audit_record
+from gpt.ledger import FIXED, VAL_BYTES, VAL_TOKENS, LedgerError, audit_record, canonical
 from gpt.submission import (
     COMPLIANCE,
     DECLARATIONS,
     FEWEST_SEEDS,
     SECONDS_LIMIT,
-    VAL_BYTES,
-    VAL_TOKENS,
-    canonical,
     known_of,
     leaking,
     spelled,

@@ -21,25 +21,13 @@ import torch
 
 from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT, MACHINE, ROOT, Config, ConfigError
-from gpt.ledger import FIXED, LedgerError, audit_record, base_name, ledger_of
+from gpt.ledger import FIXED, VAL_BYTES, VAL_TOKENS, LedgerError, audit_record, base_name, canonical, ledger_of
 from gpt.record import RecordError, read_config
 from gpt.ttt import parse_form
 from kernels import select
 
 SECONDS_LIMIT = 600  # of training with calibration, and again of scoring
 FEWEST_SEEDS = 3
-# The field's exports of FineWeb's validation: its first 50,000 documents. Counts are of whole rows; what is left of
-# the text after the last whole row may or may not be scored.
-VAL_TOKENS = {
-    "sp1024": 62_021_632,
-    "sp4096": 45_508_608,
-    "sp8192": 40_540_160,
-    "sp8192, long rows": 40_538_112,
-    "sp8192 CaseOps": 47_851_520,
-    "bytes": 151_130_112,
-}
-VAL_BYTES = 151_080_891
-TAIL_TOKENS, TAIL_BYTES = 2048, 20_000
 TTT = "artifact_ttt_"  # and a form: a score with test-time training, among a run's
 
 # What a submission may own up to, and the words that then stand wherever its score does.
@@ -217,12 +205,6 @@ def known_of(model: bytes) -> dict[str, Any]:
     cpu, found = torch.device("cpu"), artifact.parse(model)
     weights = found.model(select("reference", cpu), cpu, torch.float32).parameters()
     return {"artifact": found.sha256, "base": base_name(weights), "leaking": found.config.leaking}
-
-
-def canonical(tokens: int, size: int | None) -> bool:
-    """Whether these are the counts of FineWeb's validation, up to the tail after its last whole row."""
-    counted = any(0 <= tokens - count < TAIL_TOKENS for count in VAL_TOKENS.values())
-    return counted and (size is None or 0 <= VAL_BYTES - size < TAIL_BYTES)
 
 
 def gather(

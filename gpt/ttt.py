@@ -47,6 +47,9 @@ class SGD:
     clip: float = 1.0  # largest norm of the gradient; 0 for none
     rows: int = 16  # of `context` tokens in one step, all ranks together
 
+    def check(self, context: int) -> None:
+        """Raises ConfigError where the form cannot score with a context of so many tokens."""
+
 
 @dataclass(frozen=True)
 class Chunk(SGD):
@@ -54,6 +57,10 @@ class Chunk(SGD):
 
     name: ClassVar = "chunk"
     tokens: int = 32_768
+
+    def check(self, context: int) -> None:
+        if self.tokens < context:
+            raise ConfigError(f"chunks of {self.tokens} tokens: wanted at least the context, {context}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,10 @@ class Document:
     beta2: float = 0.999
     documents: int = 64  # side by side on one rank; about 1 GiB each, at a context of 2048
     seed: int = 0
+
+    def check(self, context: int) -> None:
+        if self.tokens > context:
+            raise ConfigError(f"pieces of {self.tokens} tokens: wanted at most the context, {context}")
 
 
 Form = Chunk | Document | Phased
@@ -124,6 +135,7 @@ def adapt(
     chunk and phased score in windows of `context` and `stride`, document in windows of at most `context`. Raises
     ConfigError where a chunk is shorter than the context, or a piece of a document longer.
     """
+    form.check(context)
     if isinstance(form, Document):
         return _documents(model, text, depth, ranks, form, context)
     return _stream(model, text, depth, ranks, form, context, stride, batch_tokens)
@@ -221,8 +233,6 @@ def _cosine(progress: float) -> float:
 def _borders(form: Chunk | Phased, text: ValidationText, context: int) -> list[int]:
     """Ends of the parts of the stream, behind each of which but the last is trained."""
     if isinstance(form, Chunk):
-        if form.tokens < context:
-            raise ConfigError(f"chunks of {form.tokens} tokens: wanted at least the context, {context}")
         return [*range(form.tokens, text.targets, form.tokens), text.targets]
     starts = (text.tokens == BOS).nonzero().flatten()[1:].tolist()  # of documents after the first
     wanted = (form.documents * (phase + 1) // form.phases - 1 for phase in range(form.phases))
@@ -348,8 +358,6 @@ def _documents(
     form: Document,
     context: int,
 ) -> Score:
-    if form.tokens > context:
-        raise ConfigError(f"pieces of {form.tokens} tokens: wanted at most the context, {context}")
     documents = sorted(documents_of(text), key=lambda d: d[0] - d[1])
     adapters = _Documents(model, depth, form)
     log = TokenLog(text.targets, ranks.device)

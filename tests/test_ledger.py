@@ -194,6 +194,13 @@ def test_late_scoring_in_documents_is_refused() -> None:
     header, lines = told(*across, ("score", starts[1], 399, 1), form="document")
     with pytest.raises(LedgerError, match="across the border of a document"):
         audit(header, lines, **shards())
+    # An adapter that begins as that of the document before.
+    a, b, c = starts
+    middle = (b + c) // 2
+    story = [("score", a, b, 0), ("train", a, b, 0, 1), ("score", b, middle, 0), ("train", b, middle, 1, 2)]
+    header, lines = told(*story, ("score", middle, c, 2), ("score", c, 399, 0), form="document")
+    with pytest.raises(LedgerError, match="line 5: train across the border of a document"):
+        audit(header, lines, **shards())
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any], list[list[Any]]], Any], str]] = {

@@ -54,10 +54,10 @@ def test_score_is_its_definition(first: int, document_mask: bool, count: int, st
             logits = model.logits(row, depth, model.rotary(row.size(1)))[0].double()
         nats -= float(logits.log_softmax(-1)[tokens[t]])
         size += int(token_bytes(tokens[t - 1], tokens[t], TABLE))
-    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert found.nats == pytest.approx(nats, rel=1e-6)
     assert (found.tokens, found.bytes) == (count - 1, size)
-    assert found.bpb == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    assert found.nats_per_token == pytest.approx(nats / (count - 1), rel=1e-5)
+    assert found.bpb == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+    assert found.nats_per_token == pytest.approx(nats / (count - 1), rel=1e-6)
 
 
 def counting(seen: list[int]) -> object:

@@ -20,9 +20,9 @@ from gpt import artifact, bundle, review, submission
 from gpt.config import ROOT, load_config
 from gpt.data import open_shard, write_shard
 from gpt.folder import seed_log, settings, submission_json
-from gpt.ledger import audit_record, read, seal
+from gpt.ledger import VAL_BYTES, audit_record, canonical, read, seal
 from gpt.record import RecordError, read_config
-from gpt.submission import VAL_BYTES, Facts, SeedRun, SubmissionError, canonical, gather, leaking
+from gpt.submission import Facts, SeedRun, SubmissionError, gather, leaking
 from tests.test_bundle import sample_data, script, small_run
 from tests.test_ledger import relink
 
