@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.compare import incomplete_beta, main, t_cdf, welch
-from gpt.ledger import seal
+from gpt.artifact import load
+from gpt.ledger import Ledger, save, seal
+from tests.test_artifact import DATA
 
 
 @pytest.mark.parametrize(
@@ -65,18 +69,35 @@ def test_welch() -> None:
         welch([1.0], [2.0, 3.0])
 
 
-def runs(folder: Path, name: str, nats: list[float], how: dict[str, Any] | None = None, **changes: Any) -> list[str]:
+CHUNK: dict[str, Any] = {"form": "chunk", "settings": {"tokens": 2048}}
+
+
+def runs(
+    folder: Path, name: str, nats: list[float], how: dict[str, Any] | None = None, leaking: bool = False
+) -> list[str]:
+    """Folders of runs with one score of one line each, which the audit passes."""
     paths = []
     for seed, value in enumerate(nats):
         path = folder / f"{name}{seed}"
         path.mkdir(parents=True)
-        score = {"nats": value * 1000, "tokens": 1000, "bytes": 3700, "form": "sliding", "context": 2048, "stride": 64}
-        score |= {"settings": {}} | (how or {})
-        record = {
-            "seed": seed,
-            "artifact": {"sha256": f"{name}{seed}"},
-            "scores": {"artifact_sliding": score},
-        } | changes
+        sha256 = hashlib.sha256(path.name.encode()).hexdigest()
+        said: dict[str, Any] = {
+            "nats": value * 1000,
+            "tokens": 1000,
+            "bytes": 3700,
+            "form": "sliding",
+            "context": 2048,
+            "stride": 64,
+        }
+        said |= {"settings": {}, "leaking": leaking} | (how or {})
+        header = {"shards": "0" * 64} | said | {"artifact": sha256}
+        said.pop("shards", None)
+        ledger = Ledger(torch.tensor(1))
+        ledger.lines = [["score", 0, 1000, ledger.base, said["nats"], 3700]]
+        score = "artifact_sliding" if said["form"] == "sliding" else "artifact_ttt"
+        figures = {"bpb": said["nats"] / math.log(2) / 3700, "nats_per_token": said["nats"] / 1000, "seconds": 1.0}
+        record = {"seed": seed, "artifact": {"sha256": sha256}, "leaking": leaking}
+        record["scores"] = {score: said | figures | {"ledger": save(path / "l.gz", header, ledger)}}
         (path / "summary.json").write_text(json.dumps(seal(record)))
         paths.append(str(path))
     return paths
@@ -108,39 +129,64 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"form": "chunk"}, "scores of different form, wanted one: sliding of .*a0, .*a1; chunk of .*b0, .*b1"),
-        ({"context": 4096}, "scores of different context, wanted one: 2048 of .*; 4096 of"),
+        (
+            {"form": "phased", "settings": {"phases": 1}},
+            "different form, wanted one: chunk of .*; phased of .*b0, .*b1",
+        ),
+        ({"context": 1024}, "scores of different context, wanted one: 2048 of .*; 1024 of"),
         ({"stride": 128}, "scores of different stride, wanted one: 64 of .*; 128 of"),
     ],
 )
 def test_scores_of_another_kind_are_refused(
     how: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good, other = runs(tmp_path, "a", [2.78, 2.79]), runs(tmp_path, "b", [2.78, 2.79], how)
-    assert main([*good, "--", *other]) == 2
+    good, other = (runs(tmp_path, name, [2.78, 2.79], CHUNK | change) for name, change in (("a", {}), ("b", how)))
+    assert main([*good, "--", *other, "--score", "artifact_ttt"]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_settings_may_differ_between_the_sets_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (
-        runs(tmp_path, name, [2.78, 2.79], {"form": "chunk", "settings": {"lr": lr}})
+        runs(tmp_path, name, [2.78, 2.79], CHUNK | {"settings": {"lr": lr, "tokens": 2048}})
         for name, lr in (("a", 0.01), ("b", 0.02))
     )
-    assert main([*a, "--", *b]) == 0
-    assert main([a[0], b[1], "--", b[0]]) == 2
+    assert main([*a, "--", *b, "--score", "artifact_ttt"]) == 0
+    assert main([a[0], b[1], "--", b[0], "--score", "artifact_ttt"]) == 2
     assert "scores in A with different settings of chunk" in capsys.readouterr().err
 
 
 def test_a_record_that_was_changed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = runs(tmp_path, "a", [2.78, 2.79]), runs(tmp_path, "b", [2.78, 2.79], leaking=True)
     file = Path(bad[1]) / "summary.json"
-    text = file.read_text()
+    leaks = json.loads(file.read_text())
+    clean = json.loads(json.dumps(leaks).replace('"leaking": true', '"leaking": false'))
+    better = json.loads(json.dumps(leaks))
+    better["scores"]["artifact_sliding"]["nats"] *= 0.9
     for record, message in (
-        (json.loads(text) | {"leaking": False}, "the seal is not that of the record: it was changed"),
-        ({name: value for name, value in json.loads(text).items() if name != "seal"}, "has no seal"),
+        (leaks | {"leaking": False}, "the seal is not that of the record: it was changed"),
+        ({name: value for name, value in leaks.items() if name != "seal"}, "the seal is not that of the record"),
+        (seal(clean), "leaking: True in the ledger, False in the score"),
+        (seal(better), "record: nats 2511.0, the ledger has 2790.0"),
+        (3, "no record of scores"),
     ):
         file.write_text(json.dumps(record))
         assert main([*good, "--", *bad]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert str(file) in error
+
+
+def test_the_artifact_beside_a_record_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever record and ledger say together."""
+    good, bad = runs(tmp_path, "a", [2.78, 2.79]), runs(tmp_path, "b", [2.78, 2.79])
+    (Path(bad[1]) / "model.pga").write_bytes(DATA)
+    assert main([*good, "--", *bad]) == 2
+    assert f"the file has {load(Path(bad[1]) / 'model.pga').sha256}" in capsys.readouterr().err
+
+
+def test_texts_of_the_same_size_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, other = runs(tmp_path, "a", [2.78, 2.79]), runs(tmp_path, "b", [2.78, 2.79], {"shards": "1" * 64})
+    assert main([*good, "--", *other]) == 2
+    assert "scores of different texts: 1,000 tokens of 3,700 bytes, sha256 0000" in capsys.readouterr().err
+    assert main([*good, "--", good[0]]) == 2
+    assert "they are one result" in capsys.readouterr().err
