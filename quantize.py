@@ -20,6 +20,7 @@ import json
 import sys
 import tempfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
         _writable(arguments.json)
     artifact = load(arguments.artifact)
     tokenizer = open_tokenizer(arguments.tokenizer_path, artifact)
+    if arguments.documents:
+        masked = artifact.config.model_copy(update={"document_mask": True})
+        artifact = replace(artifact, header=artifact.header.model_copy(update={"config": masked}))
     config, ops = artifact.config, select(arguments.kernels, ranks.device)
     data_path = arguments.data_path or (SAMPLE_DATA if tokenizer.path == SAMPLE_TOKENIZER else config.data_path)
     context = arguments.context or config.context
@@ -122,6 +126,7 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
             "tokenizer_sha256": tokenizer.sha256,
             "data_path": str(data_path.absolute()),  # for audit, where the record is on this machine
             "leaking": config.leaking,
+            "document_mask": config.document_mask,
             "depth": artifact.depth,
             "kernels": ops.names,
             "world_size": ranks.world_size,
@@ -304,7 +309,9 @@ def check_submission(arguments: Namespace, ranks: Ranks) -> int:
 
 def run_preflight(arguments: Namespace, ranks: Ranks) -> int:
     artifact = load(arguments.artifact) if arguments.artifact else None
-    config = artifact.config if artifact else build_config(preset=arguments.preset)
+    if artifact and arguments.preset:
+        raise ConfigError(f"preflight {arguments.artifact} --preset {arguments.preset}: wanted one of the two")
+    config = artifact.config if artifact else build_config(preset=arguments.preset or "seed")
     return 0 if preflight(config, artifact, ranks) else 1
 
 
@@ -348,11 +355,12 @@ def parse(arguments: list[str]) -> Namespace:
         metavar="FORM[,SETTING=VALUE...]",
         help="also with test-time training: chunk, document or phased, for example chunk,lr=0.01; may be repeated",
     )
+    command.add_argument("--documents", action="store_true", help="mask documents, whatever the artifact says")
     command.add_argument("--packed", action="store_true", help="weights stay packed in memory; the same scores")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
     command.add_argument("--json", type=Path, help="also write the figures to this file, and their ledgers beside it")
 
-    command = commands.add_parser("audit", parents=[machine], help="prove from its ledgers that a score is fair")
+    command = commands.add_parser("audit", help="prove from its ledgers that a score is fair")
     command.set_defaults(run=audit_scores, device="cpu")
     command.add_argument("record", type=Path, help="what score --json wrote, or a run's folder")
     command.add_argument("--artifact", type=Path, help="that was scored; default: model.pga beside the record")
@@ -361,10 +369,10 @@ def parse(arguments: list[str]) -> Namespace:
     )
     command.add_argument("--tokenizer-path", type=Path, help="default: the sample's, if it is the artifact's")
 
-    command = commands.add_parser("preflight", parents=[machine], help="a reviewer's checks, on a CPU, in a minute")
+    command = commands.add_parser("preflight", help="a reviewer's checks, on a CPU, in a minute")
     command.set_defaults(run=run_preflight, device="cpu")
     command.add_argument("artifact", type=Path, nargs="?", help="default: a new model of the preset")
-    command.add_argument("--preset", choices=tuple(PRESETS), default="seed")
+    command.add_argument("--preset", choices=tuple(PRESETS), help="default: seed")
 
     command = commands.add_parser(
         "sample",
@@ -380,7 +388,7 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
 
-    command = commands.add_parser("report", parents=[machine], help="one page that shows a run: report.html")
+    command = commands.add_parser("report", help="one page that shows a run: report.html")
     command.set_defaults(run=report_run, device="cpu")
     command.add_argument("path", type=Path, metavar="RUN", help="folder of a finished run")
     command.add_argument("--against", type=Path, metavar="RUN", help="show settings that differ from this run's")

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import gpt.page
 from gpt.ledger import read, seal, write
 from gpt.page import COLOURS, bar, chart, histogram, page, ticks, write_page
 from gpt.record import RecordError
 from gpt.score import record_scores, score
+from tests.test_artifact import DATA
 from tests.test_score import text_of
 from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
 
@@ -101,6 +103,26 @@ def test_page_shows_what_is_wrong(run: Path) -> None:
     assert "not measured" in page(run)
     (run / "summary.json").write_text("[]")
     with pytest.raises(RecordError, match="no finished run"):
+        page(run)
+
+
+def test_page_says_what_the_artifact_says(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though record and ledgers agree with each other."""
+    assert 'class="bad"' not in page(run)
+    monkeypatch.setattr(gpt.page, "beside", lambda *_: {"artifact": "a" * 64, "leaking": True})
+    assert 'class="bad">REFUSED by the audit' in page(run)
+    assert "leaking False, the artifact says True" in page(run)
+    monkeypatch.undo()
+    (run / "model.pga").write_bytes(DATA)
+    assert f"the file has {hashlib.sha256(DATA).hexdigest()}" in page(run)
+    (run / "model.pga").write_bytes(DATA[:-9])
+    assert "REFUSED by the audit" in page(run)
+
+
+@pytest.mark.parametrize("summary", [{}, {"scores": []}, {"artifact": 3}])
+def test_page_of_a_broken_record(run: Path, summary: dict[str, Any]) -> None:
+    (run / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(RecordError, match="not as a run leaves it"):
         page(run)
 
 

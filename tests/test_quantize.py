@@ -103,7 +103,10 @@ def test_test_time_training_is_audited(
     assert run("audit", tmp_path / "s.json", "--artifact", path) == 0
     printed = capsys.readouterr().out
     assert "chunk-tokens256: fair. 8 versions of the weights, 1,792 tokens trained some; 15 lines" in printed
-    assert f"shards    {data}: the ones that were scored" in printed
+    assert f"shards    {data}: the ones that were scored, which the record itself names" in printed
+    assert "text      2,000 tokens, " in printed
+    assert " bytes: NOT FineWeb's validation, whole" in printed
+    assert record["seed"] == artifact.load(path).config.seed
     assert run("audit", tmp_path / "s.json") == 1
     printed = capsys.readouterr().out
     assert "not compared" in printed
@@ -120,6 +123,32 @@ def test_test_time_training_is_audited(
     write_shard(other / "fineweb_val_000000.bin", open_shard(val_shards(data)[0])[:1500])
     assert run("audit", tmp_path / "s.json", "--artifact", path, "--data-path", other) == 2
     assert "2000 tokens, the shards have 1499 to score" in capsys.readouterr().err
+
+
+def test_what_is_scored_and_what_is_refused_before(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = made
+    assert run("score", path, "--data-path", data, "--plain", "--ttt", "chunk,tokens=4096") == 0
+    assert "chunk-tokens4096: the text is too short for this form: nothing was trained" in capsys.readouterr().out
+    config = artifact.load(path).config.model_copy(update={"document_mask": False})
+    whole, batches = tmp_path / "whole.pga", [random_tokens(640, TOKENIZER.vocab_size).view(20, 32)]
+    pack.pack(tiny_model(config), config.depth(True), TOKENIZER.sha256, batches, whole, ALONE, 0)
+    figures = []
+    for more in ((), ("--documents",)):
+        assert run("score", whole, "--data-path", data, "--plain", *more, "--json", tmp_path / "s.json") == 0
+        record = json.loads((tmp_path / "s.json").read_text())
+        figures.append((record["document_mask"], record["scores"]["plain"]["bpb"]))
+    assert [masked for masked, _ in figures] == [False, True]
+    assert figures[0][1] != figures[1][1]
+    monkeypatch.setattr(quantize, "score", lambda *_, **__: pytest.fail("scored"))
+    for arguments, message in (
+        (("--ttt", "chunk,tokens=8"), "chunks of 8 tokens: wanted at least the context"),
+        (("--ttt", "document,tokens=4096"), "pieces of 4096 tokens: wanted at most the context"),
+        (("--plain", "--stride", "8"), "rows side by side have no stride"),
+    ):
+        assert run("score", path, "--data-path", data, *arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_preflight(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

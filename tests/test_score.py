@@ -33,11 +33,14 @@ def text_of(tokens: Tensor) -> ValidationText:
 
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize(
-    ("count", "stride"), [(64, 16), (65, 16), (70, 16), (70, 4), (69, 4), (71, 5), (9, 4), (17, 1)]
-)
+    ("count", "stride", "context"),
+    [
+        (64, 16, 16), (65, 16, 16), (70, 16, 16), (70, 4, 16), (69, 4, 16), (71, 5, 16), (9, 4, 16), (17, 1, 16),
+        (150, 64, 64), (150, 24, 64),  # longer than rows in training
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("first", [1, 5])  # 5: a text that begins within a document
-def test_score_is_its_definition(first: int, document_mask: bool, count: int, stride: int) -> None:
-    context = 16
+def test_score_is_its_definition(first: int, document_mask: bool, count: int, stride: int, context: int) -> None:
     config = tiny_config(document_mask=document_mask)
     model, depth = tiny_model(config), config.depth(True)
     tokens = random_tokens(count, VOCAB)
