@@ -14,6 +14,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -488,6 +489,33 @@ def test_a_step_that_is_not_finite_is_skipped_by_option(
     said = {entry["step"]: entry["skipped"] for entry in run.metrics() if "skipped" in entry}
     assert set(said.values()) <= {"skipped: loss nan, gradient norm nan"}
     assert list(said) == ([] if nonfinite == "stop" else [2] if len(bad) == 1 else list(range(2, 11)))
+
+
+def test_training_leaves_calibration_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a trial of it, the first, which compiles, not counted, is longer than what is reserved."""
+    now = 0.0
+
+    def stub(model: GPT, depth: tuple[int, ...], batches: list[Tensor], ranks: Ranks) -> None:
+        nonlocal now
+        now += (0.5 if now else 100.0) + 0.25 * len(batches)
+
+    monkeypatch.setattr(gpt.trainer, "calibrate", stub)
+    monkeypatch.setattr(gpt.trainer, "time", SimpleNamespace(perf_counter=lambda: now))
+    takes = 1.1 * (0.5 + 9 * 0.25)
+    for name, limit, reserve, cap in (("a", 10, 2, 10 - takes), ("b", 10, 4, 6), ("c", 0, 0, 0), ("d", 3, 2, None)):
+        config = tiny_config(
+            runs_path=tmp_path, run_id=name, train_batch_tokens=64, warmup_steps=1, gptq_calibration_batches=9,
+            max_wallclock_seconds=limit, gptq_reserve_seconds=reserve,
+        )  # fmt: skip
+        now = 0.0
+        model = GPT(config, select("reference", CPU)).initialise(0)
+        trainer = Trainer(model, config, Run.create(config, ALONE), ALONE, bytes_per_token=1.0)
+        if cap is None:
+            with pytest.raises(TrainingError, match=r"batches=9, would take 3\.0 s of max_wallclock_seconds=3"):
+                trainer.warm_up()
+        else:
+            trainer.warm_up()
+            assert trainer.cap == pytest.approx(cap)
 
 
 def interrupt(process: subprocess.Popen[str], run: Path, step: int, what: signal.Signals, rank: bool) -> str:
