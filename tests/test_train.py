@@ -615,6 +615,29 @@ def test_a_finished_run_is_packed_again(whole: tuple[Path, str], tmp_path: Path)
         if not arguments:
             assert out.read_bytes() == (whole[0] / "model.pga").read_bytes()
     assert max(sizes[1:]) < 0.95 * sizes[0]
+    for out, message in ((tmp_path / "none/a.pga", "its folder does not exist"), (tmp_path, "is a folder, wanted")):
+        done = quantize("pack", tmp_path / "no run", "--out", out)  # nothing is read before
+        assert done.returncode == 2
+        assert f"ConfigError: --out {out}: {message}" in done.stderr
+
+
+def test_a_run_from_another_machine_is_packed_and_measured(whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
+    """Its configuration names places that are not here."""
+    moved, out = tmp_path / "moved", tmp_path / "again.pga"
+    shutil.copytree(whole[0], moved)
+    config = json.loads((moved / "config.json").read_text())
+    config |= {"data_path": "/elsewhere/data", "tokenizer_path": "/elsewhere/tokenizer.model"}
+    (moved / "config.json").write_text(json.dumps(config))
+    assert "DataError: /elsewhere/tokenizer.model: no tokenizer" in quantize("pack", moved, "--out", out).stderr
+    places = ("--data-path", data, "--tokenizer-path", SAMPLE / "tokenizer.model")
+    done = quantize("pack", moved, "--out", out, *places)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (whole[0] / "model.pga").read_bytes()
+    pytest.importorskip("triton")
+    done = run_program([sys.executable, "-m", "bench.quantise", str(moved), "--results", str(tmp_path)], {})
+    assert done.returncode == 2
+    assert done.stderr.startswith("bench.quantise: DataError: /elsewhere/tokenizer.model: no tokenizer")
+    assert done.stderr.count("\n") == 1
 
 
 def test_quantising_is_measured(whole: tuple[Path, str], tmp_path: Path) -> None:
