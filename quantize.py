@@ -142,18 +142,18 @@ def score_artifact(arguments: Namespace, ranks: Ranks) -> None:
     print(f"{shown}\nrecord    {arguments.json}")
 
 
-def _writable(path: Path) -> None:
+def _writable(path: Path, option: str = "--json") -> None:
     """Raises ConfigError where no file could be written at a path, before hours are spent on what it is to hold."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise ConfigError(f"--json {path}: its folder does not exist")
+        raise ConfigError(f"{option} {path}: its folder does not exist")
     if path.is_dir():
-        raise ConfigError(f"--json {path}: is a folder, wanted a file")
+        raise ConfigError(f"{option} {path}: is a folder, wanted a file")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"--json {path}: its folder cannot be written to: {error}") from None
+        raise ConfigError(f"{option} {path}: its folder cannot be written to: {error}") from None
 
 
 def audit_scores(arguments: Namespace, ranks: Ranks) -> int:
@@ -251,12 +251,15 @@ def sample_artifact(arguments: Namespace, ranks: Ranks) -> None:
 
 
 def pack_run(arguments: Namespace, ranks: Ranks) -> None:
+    _writable(out := arguments.out or arguments.path / "repacked.pga", "--out")
     config = read_config(arguments.path)
     run = Run(arguments.path, config, ranks)
     state = run.load_finished()
     changes = {
         "matrix_clip_sigmas": arguments.clip_sigmas,
         "gptq_calibration_batches": arguments.calibration_batches,
+        "data_path": arguments.data_path,
+        "tokenizer_path": arguments.tokenizer_path,
     }
     config = config.model_copy(update={name: value for name, value in changes.items() if value is not None})
     tokenizer = Tokenizer(config.tokenizer_path)
@@ -270,7 +273,7 @@ def pack_run(arguments: Namespace, ranks: Ranks) -> None:
         depth,
         tokenizer.sha256,
         calibration_batches(config, config.gptq_calibration_batches, ranks.rank, ranks.world_size, ranks.device),
-        arguments.out or run.path / "repacked.pga",
+        out,
         ranks,
         count_code(ROOT),
         clips=dict.fromkeys(BANKS, arguments.sdclip[0]) | {"tok_emb": arguments.sdclip[1]}
@@ -407,6 +410,8 @@ def parse(arguments: list[str]) -> Namespace:
     )
     command.add_argument("--calibration-batches", type=number(int, 1), help="default: the run's")
     command.add_argument("--out", type=Path, help="file to write; default: RUN/repacked.pga")
+    command.add_argument("--data-path", type=Path, help="folder of the run's shards, where it was moved")
+    command.add_argument("--tokenizer-path", type=Path, help="the run's tokenizer, where it was moved")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
     if find_spec("gpt.submission") is None:
         return parser.parse_args(arguments)  # train_gpt.py does not carry what follows

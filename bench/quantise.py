@@ -32,10 +32,11 @@ from gpt.distributed import Ranks, distributed
 from gpt.gptq import Quantised
 from gpt.model import BANKS, GPT
 from gpt.pack import Packed, pack
-from gpt.record import RecordError, Run, read_config
+from gpt.record import Run, read_config
 from gpt.score import score, validation_text
 from gpt.tokenizer import Tokenizer
 from kernels import select
+from quantize import ERRORS
 
 SEED = dict.fromkeys(BANKS, 12.85) | {"tok_emb": 20.0}
 
@@ -114,8 +115,8 @@ def main(arguments: list[str]) -> int:
     try:
         with distributed("auto") as ranks:
             rows = collect(options.run, ranks, options.limit)
-    except RecordError as error:
-        print(f"bench.quantise: {error}", file=sys.stderr)
+    except ERRORS as error:
+        print(f"bench.quantise: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     command = shlex.join(["python", "-m", "bench.quantise", *arguments])
     name = short_name(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")

@@ -39,8 +39,11 @@ MAGIC, VERSION = b"GPTGOLF\n", 3
 PREFIX = struct.Struct("<8sIIQ")
 DIGEST = 32
 # Bounds on what a file may ask for, far above any model that fits in 16 MB.
-MAX_BYTES = 1 << 28  # of the file, and of all streams decoded
-MAX_ROWS = 1 << 18  # of a quantised parameter: decoding them takes seconds
+MAX_BYTES = 1 << 27  # of the file, and of all streams decoded
+# A byte of the file may stand for so many codes, which trained weights' are far from, and any file may have as many
+# as FREE; a row, however short, counts as LANES codes, since it takes as long to decode.
+EXPANSION, FREE = 64, 1 << 22
+MAX_LAYERS = 1 << 8
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_TOKENS = 1 << 20  # of a row
 MAX_BATCH = 1 << 24  # tokens
@@ -193,6 +196,7 @@ def _read_header(text: bytes) -> Header:
     _want(max(config.train_seq_len, config.eval_seq_len) <= MAX_TOKENS, f"header: a context of {config.context} tokens")
     _want(config.val_batch_size <= MAX_BATCH, f"header: val_batch_size {config.val_batch_size}")
     # Before anything is made from the shapes.
+    _want(config.num_layers <= MAX_LAYERS, f"header: {config.num_layers} layers, wanted at most {MAX_LAYERS}")
     weights = config.model_dim * (config.vocab_size + config.num_layers * (config.model_dim + config.mlp_dim))
     _want(weights <= MAX_BYTES, f"header: a model of more than {weights} weights, wanted at most {MAX_BYTES}")
     _want(
@@ -202,9 +206,10 @@ def _read_header(text: bytes) -> Header:
     return header
 
 
-def _check_table(header: Header) -> None:
-    """Every entry against the shapes that the configuration implies; entries have to fill the streams without gaps."""
-    wanted = parameter_shapes(header.config)
+def _check_table(header: Header, nbytes: int) -> None:
+    """Every entry against the shapes that the configuration implies; entries have to fill the streams without gaps,
+    and the file of nbytes may not ask for more than such a file can hold."""
+    wanted, work = parameter_shapes(header.config), 0
     sizes = [0] * len(header.streams)
     seen: dict[str, TensorEntry] = {}
     for entry in header.tensors:
@@ -225,9 +230,7 @@ def _check_table(header: Header) -> None:
             entry.offset == sizes[entry.stream],
             f"{what}: at byte {entry.offset} of stream {entry.stream}, wanted {sizes[entry.stream]}",
         )
-        if entry.kind in LEVELS:
-            rows = math.prod(shape[:-1])
-            _want(rows <= MAX_ROWS, f"{what}: {rows} rows, wanted at most {MAX_ROWS}")
+        work += math.prod(shape[:-1]) * max(shape[-1], entropy.LANES) if entry.kind in LEVELS else entry.nbytes
         sizes[entry.stream] += entry.nbytes
         seen[entry.name] = entry
     needed = set(wanted) | {f"{name}.scales" for name, entry in seen.items() if entry.kind in LEVELS}
@@ -239,7 +242,8 @@ def _check_table(header: Header) -> None:
             f"stream {number}: of {len(inside)} tensors, wanted codes on their own or any number of others",
         )
         _want(stream.size == size, f"stream {number}: {stream.size} bytes declared, wanted {size} for its tensors")
-    _want(sum(sizes) <= MAX_BYTES, f"streams: {sum(sizes)} bytes, wanted at most {MAX_BYTES}")
+    most = min(MAX_BYTES, FREE + EXPANSION * nbytes)
+    _want(work <= most, f"streams: {work} bytes to decode, wanted at most {most} from a file of {nbytes}")
 
 
 def _read_stream(data: bytes, size: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
@@ -275,7 +279,7 @@ def parse(data: bytes) -> Artifact:
         raise ArtifactError(f"header: {error}") from None
     stored = sum(stream.bytes for stream in header.streams)
     _want(stored == payload_bytes, f"streams of {stored} bytes, wanted the {payload_bytes} of the payload")
-    _check_table(header)
+    _check_table(header, len(data))
 
     read: dict[str, Tensor] = {}
     for number, stream in enumerate(header.streams):

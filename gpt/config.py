@@ -120,7 +120,7 @@ class Config(BaseModel):
     max_wallclock_seconds: float = Field(595.0, ge=0)
     """Cap on training time, calibration for the quantiser included; 0 for none."""
     gptq_reserve_seconds: float = Field(6.0, ge=0)
-    """Part of the cap kept for reading calibration data."""
+    """Part of the cap kept for calibration; more where a trial of it in warm-up takes longer."""
     warmup_steps: int = Field(20, ge=0)
     """Steps before the clock starts, on random tokens, at each depth; weights and optimizer are restored."""
     warmdown_frac: float = Field(0.667, ge=0, le=1)

@@ -29,7 +29,10 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(keepdim=True)
-    chances, tokens = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    # Their maximum off, and no reciprocal beyond float64, so that the least temperatures make no inf - inf or 0 * inf.
+    chances, tokens = (
+        ((logits.double() - logits.max()) / max(temperature, 1e-300)).softmax(-1).sort(descending=True, stable=True)
+    )
     sums = chances.cumsum(-1)
     kept = sums - chances < top_p
     kept[:1] = True
@@ -161,17 +164,22 @@ def generate(
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
     """The text of `tokens` as they come, after that of the prompt.
 
-    A character spelt in byte pieces is held back until it is whole.
+    A character spelt in byte pieces is held back until it is whole. Once it is, what comes is decoded as after any
+    letter: at the start of a text alone SentencePiece drops a space. So the time is that of the tokens.
     """
-    ids = list(prompt)
-    shown = tokenizer.decode(ids)
-    text = shown
+    letter = tokenizer.encode("a")
+    past: list[int] = []
+    tail = list(prompt)
+    text = shown = tokenizer.decode(tail)
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
+        tail.append(token)
+        text = tokenizer.decode(past + tail)
         ready = text.rstrip(REPLACEMENT)
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
+        if text and text == ready:
+            past, tail = letter, []
+            text = shown = tokenizer.decode(past)
     if len(text) > len(shown):
         yield text[len(shown) :]

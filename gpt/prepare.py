@@ -9,6 +9,7 @@ import http.client
 import json
 import lzma
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,7 +24,37 @@ import numpy as np
 
 from gpt.config import BOS, build_config
 from gpt.data import DataError, Tokenizer, check_shards, open_shard, train_shards, val_shards, write_shard
+from gpt.record import write_atomic
 from gpt.tokenizer import train_tokenizer
+
+# Checksums: the format of shards has none.
+
+CHECKSUMS = "shards.sha256"  # beside the shards, as sha256sum writes it and reads it with -c
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the shards by name; none where there is no such file. Raises DataError where it is damaged."""
+    path, found = folder / CHECKSUMS, {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+        matched = re.fullmatch(r"([0-9a-f]{64})  (\S+)", line)
+        if not matched:
+            raise DataError(f"{path}, line {number}: {line[:80]!r}, wanted a SHA-256, two spaces and a shard's name")
+        found[matched[2]] = matched[1]
+    return found
+
+
+def write_checksums(folder: Path, fresh: Iterable[str] = ()) -> None:
+    """Notes the SHA-256 of all shards of a folder that it has not noted yet, or that are fresh."""
+    known = {name: digest for name, digest in read_checksums(folder).items() if name not in set(fresh)}
+    names = sorted(path.name for path in folder.glob("fineweb_*.bin"))
+    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names]
+    write_atomic(folder / CHECKSUMS, "".join(lines).encode())
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 # Download.
 
@@ -98,6 +129,7 @@ class Download:
         self.root = root
         self.prefix = prefix.strip("/")
         self.staging = root / ".download"
+        self.fresh: list[str] = []  # names of files that came
 
     def stage(self, name: str) -> Path:
         """A file of the export, in the staging folder."""
@@ -124,6 +156,7 @@ class Download:
             raise
         target.parent.mkdir(parents=True, exist_ok=True)
         staged.replace(target)
+        self.fresh.append(target.name)
         print(target, flush=True)
         return target
 
@@ -193,6 +226,7 @@ def download(
     held = [source.get(f"datasets/{dataset}/fineweb_val_{n:06d}.bin", open_shard) for n in range(validation)]
     for number in range(count):
         source.get(f"datasets/{dataset}/fineweb_train_{number:06d}.bin", open_shard)
+    write_checksums(root / "datasets" / dataset, source.fresh)
     shutil.rmtree(source.staging, ignore_errors=True)
     print(check_canonical(variant, sum(open_shard(path).size for path in held)))
 
@@ -308,6 +342,7 @@ def tokenize(
         for name in writer.names:
             (partial / name).replace(out / name)
     partial.rmdir()
+    write_checksums(out)
     return {split: (writer.documents, writer.tokens) for split, writer in writers.items()}
 
 
@@ -349,12 +384,22 @@ def _tokenize(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(args.tokenizer)
     print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256}")
+    known, compared, missing = read_checksums(args.data), 0, []
     for split, paths in (("train", train_shards(args.data)), ("val", val_shards(args.data))):
         total = np.zeros(3, dtype=np.int64)
         for path, *figures in check_shards(paths, tokenizer):
+            if path.name not in known:
+                missing.append(path.name)
+            elif (digest := file_sha256(path)) != known[path.name]:
+                raise DataError(f"{path}: damaged: sha256 {digest}, wanted {known[path.name]} of {CHECKSUMS}")
+            else:
+                compared += 1
             print(_figures(str(path), figures), flush=True)
             total += figures
         print(_figures(f"{split}, {len(paths)} shards", total.tolist()))
+    print(f"{CHECKSUMS}: {compared} shards are as it says" if compared else f"{CHECKSUMS}: none in {args.data}")
+    if missing:
+        print(f"not compared with any checksum, so that changed tokens would not be seen: {', '.join(missing)}")
 
 
 def _figures(name: str, figures: list[int]) -> str:
@@ -450,8 +495,8 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="read every token of the shards and count",
-        description="Checks header, size and token range of all shards in a folder and counts tokens, documents and "
-        "bytes of text. Ends with status 1 on the first fault.",
+        description="Checks header, size, token range and noted checksum of all shards in a folder and counts tokens, "
+        "documents and bytes of text. Ends with status 1 on the first fault.",
     )
     check.add_argument("data", type=Path, nargs="?", default=config.data_path, help="default %(default)s")
     check.add_argument("--tokenizer", type=Path, default=config.tokenizer_path, help="default %(default)s")

@@ -52,6 +52,30 @@ def lr_factor(config: Config, progress: float) -> float:
     return max(min(1.0, max(0.0, 1.0 - progress) / config.warmdown_frac), config.min_lr)
 
 
+def calibration_estimate(
+    model: GPT,
+    depth: tuple[int, ...],
+    tokens: Tensor,  # (rows, T + 1) int64
+    ranks: Ranks,
+    config: Config,
+) -> float:
+    """Seconds that calibration will take on the slowest rank, a tenth added: of one batch, and what two more add.
+
+    The first call, which compiles, does not count. Where there is no time limit it is the only one.
+    """
+    seconds = []
+    for count in (1, 1, 3) if config.max_wallclock_seconds else (1,):
+        begin = time.perf_counter()
+        calibrate(model, depth, [tokens] * count, ranks)
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    *_, one, three = [0.0, *seconds]
+    whole = config.micro_batch_tokens / (len(tokens) * config.train_seq_len)
+    more = math.ceil(config.gptq_calibration_batches / ranks.world_size) - 1
+    return max(ranks.gather(1.1 * (one + more * whole * max(0.0, three - one) / 2)))
+
+
 class Trainer:
     """One training run of a model on all ranks."""
 
@@ -69,8 +93,8 @@ class Trainer:
         """Run each depth on random tokens, so that everything is compiled and allocated, and restore the state.
 
         Returns the seconds it took, which are not on the clock. Each depth's last step is taken apart: parts.json.
-        Where there is a time limit, training ends as much earlier as fine-tuning after it is going to take. Raises
-        TrainingError where that leaves nothing.
+        Where there is a time limit, training ends as much earlier as fine-tuning after it is going to take, and
+        calibration beyond what is reserved for it. Raises TrainingError where that leaves nothing.
         """
         config, begin = self.config, time.perf_counter()
         if self.cap and config.pre_quant != "none":
@@ -104,7 +128,7 @@ class Trainer:
                 part.lap("optimizer")
             parts[str(len(depth))] = part.ms  # of the last one
         self.run.write_json("parts.json", parts)
-        calibrate(self.model, depth, [tokens], self.ranks)  # calibration is on the clock
+        self._reserve(calibration_estimate(self.model, depth, tokens, self.ranks, config))
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters(), weights, strict=True):
                 parameter.copy_(saved)
@@ -112,6 +136,18 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
+
+    def _reserve(self, calibration: float) -> None:
+        """End training earlier where calibration will take longer than what is reserved for it."""
+        longer = calibration - self.config.gptq_reserve_seconds
+        if self.cap and longer > 0:
+            if longer >= self.cap:
+                raise TrainingError(
+                    f"calibration, gptq_calibration_batches={self.config.gptq_calibration_batches}, would take "
+                    f"{calibration:.1f} s of max_wallclock_seconds={self.config.max_wallclock_seconds:g} and leave "
+                    "nothing to training: wanted fewer batches, or more seconds"
+                )
+            self.cap -= longer
 
     def _backward(self, tokens: Tensor, targets: Tensor, depth: tuple[int, ...], micro: int) -> Tensor:
         """Accumulate the gradient of a micro-step; returns its share of the step's loss on this rank, ().

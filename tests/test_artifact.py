@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import random
-from collections.abc import Callable
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import brotli
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from gpt import artifact
+from gpt import artifact, entropy
 from gpt.artifact import DIGEST, PREFIX, ArtifactError
 from gpt.config import ROOT, Config
 from gpt.gptq import INPUTS, Quantised
@@ -179,7 +185,7 @@ def edit(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edit("config", "num_layers", value=10**12), "more than .* weights"),
+        (edit("config", "num_layers", value=10**12), "layers, wanted at most 256"),
         (edit("config", "model_dim", value=4 * 10**9), "more than .* weights"),
         (edit("config", "train_seq_len", value=1 << 40), "header"),
         (edit("config", "eval_seq_len", value=1 << 30), "header"),
@@ -241,29 +247,144 @@ def test_codes_have_streams_of_their_own() -> None:
         artifact.parse(rebuilt(header, payload))
 
 
-def test_too_many_rows_to_decode() -> None:
-    header, payload = parts()
-    header["config"]["num_layers"] = 1 + artifact.MAX_ROWS // (2 * CONFIG.model_dim)
-    shapes = artifact.parameter_shapes(Config(**header["config"]))
-    for entry in header["tensors"]:
-        shape = shapes[entry["name"].removesuffix(".scales")]
-        entry["shape"] = shape[: len(entry["shape"])]
-    with pytest.raises(ArtifactError, match=rf"rows, wanted at most {artifact.MAX_ROWS}"):
-        artifact.parse(rebuilt(header, payload))
-
-
-def test_mutations_under_a_valid_checksum() -> None:
-    """Whatever the bytes say: an artifact or ArtifactError."""
-    chance = random.Random(5)
-    for _ in range(400):
-        body = bytearray(DATA[:-DIGEST])
-        for _ in range(chance.randint(1, 4)):
-            body[chance.randrange(len(body))] = chance.randrange(256)
-        try:
-            artifact.parse(resealed(bytes(body)))
-        except ArtifactError:
+def lying(padding: int = 0, **settings: Any) -> bytes:
+    """A whole file of a large model that it says next to nothing about: all codes are 0 for sure, and take no bytes."""
+    header, payload, scales = parts()[0], b"", 0
+    header["config"].update(settings)
+    header["depth"] = [0]
+    header["tensors"], header["streams"] = [], []
+    others = []
+    for name, shape in artifact.parameter_shapes(Config(**header["config"])).items():
+        if name not in INPUTS:
+            others.append((name, shape))
             continue
-    text = json.dumps(parts()[0])
+        rows, last = math.prod(shape[:-1]), len(header["streams"])
+        frequencies = np.zeros((entropy.CLASSES, 63), "<u2")
+        frequencies[:, 31] = 1 << entropy.PRECISION
+        model = bytes([entropy.UNIT]) * rows + bytes(4 * rows) + entropy.planes(frequencies.tobytes(), 2)
+        coded = brotli.compress(model, quality=5)
+        states = np.full(min(entropy.LANES, shape[-1]), entropy.LOWEST, "<u4").tobytes()
+        stream = len(coded).to_bytes(4, "little") + coded + states
+        header["tensors"].append({"name": name, "kind": "int6", "shape": shape, "stream": last, "offset": 0})
+        header["streams"].append({"bytes": len(stream), "size": math.prod(shape)})
+        payload += stream
+        others.append((f"{name}.scales", shape[:-1]))
+    for name, shape in others:
+        last = len(header["streams"])
+        header["tensors"].append({"name": name, "kind": "float16", "shape": shape, "stream": last, "offset": scales})
+        scales += 2 * math.prod(shape)
+    stream = brotli.compress(bytes(scales), quality=5) + bytes(padding)
+    header["streams"].append({"bytes": len(stream), "size": scales})
+    return rebuilt(header, payload + stream)
+
+
+@contextmanager
+def frugal(seconds: float = 2.0) -> Iterator[None]:
+    """Not much more memory than there is now, and little time of the processor for what is done with it."""
+    resource = pytest.importorskip("resource")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (96 << 20), before[1]))
+    begin = time.process_time()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.process_time() - begin < seconds
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_dim": 512, "vocab_size": 65536, "num_layers": 30, "mlp_mult": 4}, "to decode, wanted at most 4"),
+        ({"model_dim": 8, "num_heads": 1, "num_kv_heads": 1, "vocab_size": 65536, "num_layers": 2}, "to decode"),
+        ({"model_dim": 8, "num_heads": 1, "num_kv_heads": 1, "num_layers": 16_000}, "16000 layers, wanted at most 256"),
+        (
+            {"model_dim": 512, "vocab_size": 65536, "num_layers": 40, "mlp_mult": 4, "padding": 1 << 22},
+            "most 134217728",
+        ),
+    ],
+)
+def test_small_files_of_large_models(settings: dict[str, Any], message: str) -> None:
+    data = lying(recur_layers=(), **settings)
+    assert len(data) < (1 << 22) + 20_000
+    with frugal(), pytest.raises(ArtifactError, match=message):
+        artifact.parse(data)
+
+
+def test_what_any_file_may_ask_for_is_little() -> None:
+    """All codes that a small file may have: they are decoded."""
+    data = lying(recur_layers=(), vocab_size=4096)
+    with frugal():
+        assert not artifact.parse(data).state_dict()["tok_emb"].any()
+
+
+def mutated(data: bytes, kind: str, edges: list[int], chance: random.Random) -> bytes:
+    """Another file, or by chance the same. edges: where its sections begin and end."""
+    changed = bytearray(data)
+    if kind == "flips":
+        for _ in range(chance.randint(1, 8)):
+            changed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == "length":
+        changed = changed[: chance.randrange(len(data))] + chance.randbytes(chance.choice([0, 0, 1, 40]))
+    elif kind == "more":
+        changed += chance.randbytes(chance.randint(1, 40))
+    elif kind == "swapped":
+        a, b, c, d = sorted(chance.choice([chance.choice(edges), chance.randrange(len(data) + 1)]) for _ in range(4))
+        changed = changed[:a] + changed[c:d] + changed[b:c] + changed[a:b] + changed[d:]
+    else:  # of version, header and payload
+        place, form = chance.choice([(8, "<I"), (12, "<I"), (16, "<Q")])
+        value = (1 << chance.randint(0, 8 * struct.calcsize(form) - 1)) - chance.randint(0, 1)
+        struct.pack_into(form, changed, place, value)
+    return bytes(changed)
+
+
+def content(read: artifact.Artifact) -> list[Any]:
+    """All that a file says."""
+    tensors = [
+        (
+            name,
+            *(x.numpy().tobytes() for x in ((value.codes, value.scales) if isinstance(value, Quantised) else [value])),
+        )
+        for name, value in read.tensors.items()
+    ]
+    return [read.config, read.depth, read.header.tokenizer_sha256, tensors]
+
+
+def test_ten_thousand_mutations(one_thread: None) -> None:
+    """As they are: refused, or of the same content. Of each also under a checksum that is right: refused, or a model
+    like any other. Nothing else is raised; memory and time are bounded."""
+    config = tiny_config(model_dim=8, num_heads=1, num_kv_heads=1, vocab_size=16, num_layers=2, mlp_mult=1)
+    data = artifact.serialise(config, config.depth(True), SHA, tensors_of(config))
+    first = artifact.parse(data)
+    chance, whole, loaded, slowest = random.Random(5), content(first), 0, 0.0
+    sizes = [PREFIX.size, PREFIX.unpack_from(data)[2], *(stream.bytes for stream in first.header.streams), DIGEST]
+    edges = [0, *itertools.accumulate(sizes)]
+    assert edges[-1] == len(data)
+    with frugal(60.0):
+        for number in range(10_000):
+            other = mutated(data, ("flips", "length", "more", "swapped", "lengths")[number % 5], edges, chance)
+            for sealed in (other, resealed(other[:-DIGEST])):
+                begin = time.process_time()
+                try:
+                    read = artifact.parse(sealed)
+                except ArtifactError:
+                    continue
+                finally:
+                    slowest = max(slowest, time.process_time() - begin)
+                if sealed is other:
+                    assert content(read) == whole
+                    continue
+                loaded += 1
+                shapes = {name: tuple(value.shape) for name, value in read.state_dict().items()}
+                assert shapes == artifact.parameter_shapes(read.config)
+    assert loaded > 10
+    assert slowest < 1
+
+
+def test_mutations_of_the_header_under_a_valid_checksum() -> None:
+    """Whatever the header says: an artifact or ArtifactError."""
+    chance, text = random.Random(5), json.dumps(parts()[0])
     for _ in range(300):
         changed = list(text)
         changed[chance.randrange(len(text))] = chance.choice('0123456789,:"[]{}-e.')

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import brotli
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ pytest.importorskip("triton")
 from bench import common, kernels, optimizer, packed, scoring, start
 from bench.common import draw_panels, peer, relative_errors, write_result
 from bench.kernels import OPS, Workload, errors, phases, right
+from bench.pack import by_likeness, by_size, ordered, shuffled
 from bench.step import PARTS, draw, shares
 from gpt.optimizer import Optimizer, coefficients
 from gpt.score import ValidationText
@@ -389,3 +391,18 @@ def test_starts_are_read_from_two_runs_with_the_same_caches(
     assert start.main(["--iterations", "6", "--fail", "3"]) == 2
     assert "ended before step 6" in (said := capsys.readouterr().err)
     assert "no memory" in said
+
+
+@pytest.mark.parametrize("order", [by_size, by_likeness])
+def test_sorted_rows_come_back(order: Any) -> None:
+    """The order is in the file, which so has all that the one in the parameter's own order has."""
+    codes = (
+        np.random.default_rng(0).integers(-31, 32, (2, 6, 8)).astype(np.int8) // np.arange(1, 7, dtype=np.int8)[:, None]
+    )
+    rows = codes.reshape(12, 8)
+    content = brotli.decompress(ordered(order, codes))
+    places = np.frombuffer(content[:48], np.uint8).reshape(4, 12).T.copy().view("<u4")[:, 0]
+    assert sorted(places.tolist()) == list(range(12)) != places.tolist()
+    assert content[48:] == shuffled(rows[places].tobytes())
+    if order is by_size:
+        assert (np.diff(np.abs(rows[places].astype(int)).sum(1)) >= 0).all()

@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import os
+import random
 import re
 import shutil
 import struct
@@ -120,6 +121,40 @@ def test_damaged_shard(folder: Path, spoil: Callable[[bytes], bytes], message: s
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(DataError, match=re.escape(str(path)) + ": " + message):
         data.load_validation(folder)
+
+
+def test_two_thousand_mutations(tmp_path: Path) -> None:
+    """An error, or as many tokens, all of the vocabulary. The format has no checksum."""
+    path, chance = tmp_path / "fineweb_val_000000.bin", random.Random(1)
+    write_shard(path, np.array([chance.randrange(1000) for _ in range(3000)], np.uint16))
+    whole, loaded = path.read_bytes(), 0
+    for number in range(2000):
+        changed = bytearray(whole)
+        match number % 6:
+            case 0:  # flips in the header, or among the tokens
+                changed[chance.randrange(12)] ^= 1 << chance.randrange(8)
+            case 1:
+                changed[chance.randrange(1024, len(whole))] ^= 1 << chance.randrange(8)
+            case 2:
+                del changed[chance.randrange(len(whole)) :]
+            case 3:
+                changed += chance.randbytes(chance.randint(1, 40))
+            case 4:
+                a, b, c, d = sorted(chance.randrange(len(whole) + 1) for _ in range(4))
+                changed = changed[:a] + changed[c:d] + changed[b:c] + changed[a:b] + changed[d:]
+            case 5:  # magic, version or count
+                struct.pack_into("<I", changed, chance.choice([0, 4, 8]), (1 << chance.randint(0, 32)) - 1)
+        path.write_bytes(changed)
+        try:
+            tokens = data.load_validation(tmp_path, 1024)
+        except DataError:
+            assert changed != whole
+            continue
+        loaded += 1
+        assert tokens.size == 3000
+        assert tokens.max() < 1024
+        assert changed[:12] == whole[:12]
+    assert 200 < loaded < 1000
 
 
 def test_missing_shards_name_the_command(folder: Path) -> None:
@@ -458,7 +493,8 @@ def test_tokenize(text_file: Path, tmp_path: Path, tokenizer: Tokenizer, choice:
     assert len(sizes) > 2
     assert set(sizes[:-1]) == {300}
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert all(re.fullmatch(r"fineweb_(train|val)_\d{6}\.bin", name) for name in names)
+    assert all(re.fullmatch(r"fineweb_(train|val)_\d{6}\.bin", name) for name in names[:-1])
+    assert list(prepare.read_checksums(tmp_path / "one")) == names[:-1]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -552,6 +588,37 @@ def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, tokenizer: To
         assert error.count("\n") == 1
 
 
+def test_checksums(
+    repository: Repository, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what came; `check` sees a token that changed since, and says where it cannot."""
+    prepare.download("sp1024", 1, tmp_path / "data", repository.fetch)
+    folder = (tmp_path / "data" / WANTED[0]).parent
+    write_shard(folder / "fineweb_train_000000.bin", np.array(open_shard(SAMPLE / "fineweb_val_000000.bin")))
+    assert command("check", folder, "--tokenizer", tokenizer.path) == 1  # another shard than came
+    assert "fineweb_train_000000.bin: damaged: sha256 " in capsys.readouterr().err
+    prepare.write_checksums(folder, ["fineweb_train_000000.bin"])
+    assert command("check", folder, "--tokenizer", tokenizer.path) == 0
+    assert "shards.sha256: 2 shards are as it says\n" in capsys.readouterr().out
+    subprocess.run(["sha256sum", "-c", prepare.CHECKSUMS], cwd=folder, check=True, capture_output=True)
+
+    path = folder / "fineweb_val_000000.bin"
+    tokens = np.array(open_shard(path))
+    tokens[7] ^= 1
+    write_shard(path, tokens)
+    prepare.download("sp1024", 2, tmp_path / "data", repository.fetch)  # a shard more: what was noted stays
+    assert command("check", folder, "--tokenizer", tokenizer.path) == 1
+    assert "fineweb_val_000000.bin: damaged: sha256 " in capsys.readouterr().err
+    (folder / prepare.CHECKSUMS).unlink()
+    assert command("check", folder, "--tokenizer", tokenizer.path) == 0
+    printed = capsys.readouterr().out
+    assert f"shards.sha256: none in {folder}" in printed
+    assert "would not be seen: fineweb_train_000000.bin, fineweb_train_000001.bin, fineweb_val_000000.bin" in printed
+    (folder / prepare.CHECKSUMS).write_text("nonsense\n")
+    assert command("check", folder, "--tokenizer", tokenizer.path) == 1
+    assert "shards.sha256, line 1: 'nonsense', wanted a SHA-256" in capsys.readouterr().err
+
+
 def test_check_follows_documents_across_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     whole = data.load_validation(SAMPLE)
     paths = [tmp_path / f"fineweb_val_{n:06d}.bin" for n in range(3)]
@@ -634,6 +701,7 @@ WANTED = [
     "datasets/fineweb10B_sp1024/fineweb_train_000000.bin",
     "datasets/fineweb10B_sp1024/fineweb_train_000001.bin",
     "datasets/fineweb10B_sp1024/fineweb_val_000000.bin",
+    "datasets/fineweb10B_sp1024/shards.sha256",
     "tokenizers/fineweb_1024_bpe.model",
 ]
 
@@ -666,7 +734,7 @@ def test_download_goes_on_after_an_interruption(repository: Repository, tmp_path
     with pytest.raises(DataError, match="connection lost"):
         prepare.download("sp1024", 2, root, repository.fetch)
     named = [name for name in files_of(root) if not name.startswith(".download/")]
-    assert named == [name for name in WANTED if "000001" not in name]
+    assert named == [name for name in WANTED if "000001" not in name and "sha256" not in name]
     repository.fail_at = ""
     repository.asked.clear()
     prepare.download("sp1024", 2, root, repository.fetch)
@@ -787,7 +855,7 @@ def test_fetch_goes_on_where_the_server_broke_off(
     prepare.download("sp1024", 2, tmp_path / "data", hub)
     assert files_of(tmp_path / "data") == WANTED
     assert [start for start in Hub.starts if start] == [100_000, 200_000, 100_000]  # the tokenizer, the validation
-    assert (tmp_path / "data" / WANTED[3]).read_bytes() == (SAMPLE / "tokenizer.model").read_bytes()
+    assert (tmp_path / "data" / WANTED[4]).read_bytes() == (SAMPLE / "tokenizer.model").read_bytes()
     assert (tmp_path / "data" / WANTED[2]).read_bytes() == (SAMPLE / "fineweb_val_000000.bin").read_bytes()
     assert Hub.tokens == {"Bearer secret"}
 

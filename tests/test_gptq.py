@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from gpt.gptq import (
     INPUTS,
     LEVELS,
     SCALE_BITS,
+    Calibration,
     QuantisationError,
     Quantised,
     balanced_clips,
+    calibrate,
     collect_energies,
     collect_hessians,
     factorise,
@@ -34,7 +37,7 @@ from gpt.gptq import (
     without_dead_neurons,
 )
 from gpt.model import BANKS
-from tests.tiny import ALONE, random_tokens, tiny_config, tiny_model
+from tests.tiny import ALONE, Meeting, ThreadRanks, random_tokens, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,6 +201,28 @@ def test_energies_are_squared_gradients_along_the_directions_of_errors() -> None
         torch.testing.assert_close(energy, wanted[name])
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_calibration_is_the_same_on_any_number_of_ranks(world_size: int) -> None:
+    """Hessians of all rows; energies of the first third of every second batch, whichever rank has it."""
+    config = tiny_config()
+    model, depth = tiny_model(config), config.depth(True)
+    batches = [random_tokens(8 * 17, 64, seed).view(8, 17) for seed in range(5)]
+    hessians = collect_hessians(model, depth, [batch[:, :-1] for batch in batches], ALONE)
+    factors = parameter_factors(hessians, config)
+    energies = collect_energies(model, depth, [batch[:3] for batch in batches[::2]], factors, ALONE)
+    meeting = Meeting(world_size)
+
+    def one(rank: int) -> Calibration:
+        return calibrate(model, depth, batches[rank::world_size], ThreadRanks(rank, meeting))
+
+    with ThreadPoolExecutor(world_size) as threads:
+        for found in threads.map(one, range(world_size)):
+            for key, hessian in hessians.items():
+                torch.testing.assert_close(found.hessians[key], hessian, rtol=1e-5, atol=1e-4)
+            for name, energy in energies.items():
+                torch.testing.assert_close(found.energies[name], energy, rtol=1e-3, atol=1e-4 * float(energy.max()))
+
+
 def test_errors_go_along_their_directions() -> None:
     """What GPTQ leaves of a row is in the span of small multiples of them: each at most half a step."""
     weight, hessian = correlated(2, 24, 160)
@@ -290,6 +315,30 @@ def test_pack_fits_reports_and_restores(tmp_path: Path) -> None:
     assert fixed.attempts == 1
     for group in fixed.groups:
         assert group.clip_sigmas == pytest.approx(20.0 if group.name == "tok_emb" else 12.0)
+
+
+def test_pack_cuts_no_weight_off_and_leaves_dead_neurons_out(tmp_path: Path) -> None:
+    """From a clip on that would cut nearly all rows' tails off."""
+    config = tiny_config(matrix_clip_sigmas=1.0)
+    model, dead = tiny_model(config), torch.zeros(config.num_layers, config.mlp_dim, dtype=torch.bool)
+    dead[0, 3] = dead[2, 5:9] = True
+    with torch.no_grad():
+        model.mlp_up_bank[dead] *= 1e-4  # hardly active, so that GPTQ hands no errors on to the zeros
+        model.mlp_down_bank.masked_fill_(dead[:, None, :], 0)
+    batches = [random_tokens(170, 64).view(10, 17)]
+    packed = pack.pack(model, config.depth(True), "0" * 64, batches, tmp_path / "a", ALONE, 0)
+    assert packed.dead_neurons == 5
+    read = artifact.load(tmp_path / "a").tensors
+    for name in INPUTS:
+        value, weight = read[name], model.get_parameter(name).detach()
+        assert isinstance(value, Quantised)
+        reach = LEVELS[value.kind] * value.scales.float() / weight.abs().amax(-1)
+        if name == "mlp_up_bank":
+            assert torch.equal((value.codes == 0).all(-1), dead)
+            assert (value.scales[dead] == 2.0**-24).all()
+            reach = reach[~dead]
+        assert float(reach.min()) > 1 - 2.0**-SCALE_BITS
+        assert float(reach.median()) < 1.1
 
 
 def test_pack_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -297,6 +298,49 @@ def test_top_p_keeps_the_fewest_tokens() -> None:
     # As often as their probability among those that are kept says.
     tokens = torch.cat([draw(logits, 1.0, 0.7, chance[None]) for chance in chances])
     assert (tokens == 1).float().mean() == pytest.approx(0.5 / 0.75, abs=0.01)
+
+
+def test_the_least_temperatures_take_the_likeliest() -> None:
+    logits = torch.tensor([2.0, 9.5, -3.0, 9.4])
+    for temperature in (1e-30, 1e-300, 1e-310, 5e-324):
+        assert int(draw(logits, temperature, 0.95, torch.tensor([0.999], dtype=torch.float64))) == 1
+
+
+def whole_text(prompt: list[int], tokens: list[int]) -> list[str]:
+    """What stream_text says, all decoded anew for each token."""
+    shown = text = TOKENIZER.decode(prompt)
+    pieces = []
+    for end in range(1, len(tokens) + 1):
+        text = TOKENIZER.decode(prompt + tokens[:end])
+        ready = text.rstrip("\ufffd")
+        if len(ready) > len(shown):
+            pieces.append(ready[len(shown) :])
+            shown = ready
+    return pieces + [text[len(shown) :]] * (len(text) > len(shown))
+
+
+def test_streamed_text_is_that_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any tokens: pieces, bytes that are characters and bytes that are none, spaces, control tokens."""
+    chance, vocab = random.Random(2), range(TOKENIZER.vocab_size)
+    odd = [token for token in vocab if not TOKENIZER.processor.decode([token]).strip()]
+    odd += [token for token in vocab if TOKENIZER.processor.is_byte(token)]
+    characters = TOKENIZER.encode(" \u2603\U0001f642  e\u0301\ufffd ")
+    for _ in range(300):
+        prompt = TOKENIZER.encode(chance.choice(["", " ", "A", "A ", "\u2603"]))
+        tokens: list[int] = []
+        while len(tokens) < 30:
+            tokens += chance.choice([[chance.choice(odd)], [chance.choice(vocab)], characters])
+        assert list(stream_text(TOKENIZER, prompt, tokens)) == whole_text(prompt, tokens)
+    text, lengths = open_shard(val_shards(quantize.SAMPLE_DATA)[0])[:1500].tolist(), []
+    wanted, decode = whole_text([], text), TOKENIZER.decode
+
+    def counted(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(TOKENIZER, "decode", counted)
+    assert list(stream_text(TOKENIZER, [], text)) == wanted
+    assert max(lengths) < 10
 
 
 def test_characters_in_byte_pieces_come_whole() -> None:

@@ -218,17 +218,24 @@ def test_loss_differences_are_the_data() -> None:
 
 
 def test_bytes_are_the_data() -> None:
-    found = {(row["case"], row["impl"]): row["bytes"] for row in rows("pack-cpu.json")["rows"]}
+    result = rows("pack-cpu.json")
+    found = {(row["case"], row["impl"]): row["bytes"] for row in result["rows"]}
     seed = found["all", "seed-method"]
-    for place in (
-        ("all", "seed-method"),
-        ("all", "information: order 0"),
-        ("all", "information: order 0, equal rows once"),
-        ("all", "ours"),
-        ("all, live", "ours"),
+    for name in (
+        "seed-method",
+        "rows by size, seed-method",
+        "rows by likeness, seed-method",
+        "zstd",
+        "lzma",
+        "information: order 0",
+        "information: order 0, equal rows once",
+        "ours",
     ):
-        change = "" if found[place] == seed else f"{100 * (found[place] / seed - 1):.1f}% "
-        assert f"| {found[place]:,.0f} | {change}|" in README
+        change = "" if name == "seed-method" else f"{100 * (found['all', name] / seed - 1):+.1f}% "
+        assert f"| {found['all', name]:,.0f} | {change}|" in README
+    assert f"{result['dead_neurons']:,d} neurons" in README
+    ours = next(row for row in result["rows"] if (row["case"], row["impl"]) == ("all", "ours"))
+    assert f"Coding takes {ours['encode_s']:.1f} s on one CPU core, decoding {ours['decode_s']:.1f} s" in README
 
 
 def test_quantising_is_the_data() -> None:

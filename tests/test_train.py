@@ -14,6 +14,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -490,6 +491,33 @@ def test_a_step_that_is_not_finite_is_skipped_by_option(
     assert list(said) == ([] if nonfinite == "stop" else [2] if len(bad) == 1 else list(range(2, 11)))
 
 
+def test_training_leaves_calibration_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a trial of it, the first, which compiles, not counted, is longer than what is reserved."""
+    now = 0.0
+
+    def stub(model: GPT, depth: tuple[int, ...], batches: list[Tensor], ranks: Ranks) -> None:
+        nonlocal now
+        now += (0.5 if now else 100.0) + 0.25 * len(batches)
+
+    monkeypatch.setattr(gpt.trainer, "calibrate", stub)
+    monkeypatch.setattr(gpt.trainer, "time", SimpleNamespace(perf_counter=lambda: now))
+    takes = 1.1 * (0.5 + 9 * 0.25)
+    for name, limit, reserve, cap in (("a", 10, 2, 10 - takes), ("b", 10, 4, 6), ("c", 0, 0, 0), ("d", 3, 2, None)):
+        config = tiny_config(
+            runs_path=tmp_path, run_id=name, train_batch_tokens=64, warmup_steps=1, gptq_calibration_batches=9,
+            max_wallclock_seconds=limit, gptq_reserve_seconds=reserve,
+        )  # fmt: skip
+        now = 0.0
+        model = GPT(config, select("reference", CPU)).initialise(0)
+        trainer = Trainer(model, config, Run.create(config, ALONE), ALONE, bytes_per_token=1.0)
+        if cap is None:
+            with pytest.raises(TrainingError, match=r"batches=9, would take 3\.0 s of max_wallclock_seconds=3"):
+                trainer.warm_up()
+        else:
+            trainer.warm_up()
+            assert trainer.cap == pytest.approx(cap)
+
+
 def interrupt(process: subprocess.Popen[str], run: Path, step: int, what: signal.Signals, rank: bool) -> str:
     """Send a signal once a step is logged, to the launcher or to its second rank; what was said until all had ended."""
     deadline, log = time.monotonic() + 200, run / "metrics.jsonl"
@@ -587,6 +615,29 @@ def test_a_finished_run_is_packed_again(whole: tuple[Path, str], tmp_path: Path)
         if not arguments:
             assert out.read_bytes() == (whole[0] / "model.pga").read_bytes()
     assert max(sizes[1:]) < 0.95 * sizes[0]
+    for out, message in ((tmp_path / "none/a.pga", "its folder does not exist"), (tmp_path, "is a folder, wanted")):
+        done = quantize("pack", tmp_path / "no run", "--out", out)  # nothing is read before
+        assert done.returncode == 2
+        assert f"ConfigError: --out {out}: {message}" in done.stderr
+
+
+def test_a_run_from_another_machine_is_packed_and_measured(whole: tuple[Path, str], data: Path, tmp_path: Path) -> None:
+    """Its configuration names places that are not here."""
+    moved, out = tmp_path / "moved", tmp_path / "again.pga"
+    shutil.copytree(whole[0], moved)
+    config = json.loads((moved / "config.json").read_text())
+    config |= {"data_path": "/elsewhere/data", "tokenizer_path": "/elsewhere/tokenizer.model"}
+    (moved / "config.json").write_text(json.dumps(config))
+    assert "DataError: /elsewhere/tokenizer.model: no tokenizer" in quantize("pack", moved, "--out", out).stderr
+    places = ("--data-path", data, "--tokenizer-path", SAMPLE / "tokenizer.model")
+    done = quantize("pack", moved, "--out", out, *places)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (whole[0] / "model.pga").read_bytes()
+    pytest.importorskip("triton")
+    done = run_program([sys.executable, "-m", "bench.quantise", str(moved), "--results", str(tmp_path)], {})
+    assert done.returncode == 2
+    assert done.stderr.startswith("bench.quantise: DataError: /elsewhere/tokenizer.model: no tokenizer")
+    assert done.stderr.count("\n") == 1
 
 
 def test_quantising_is_measured(whole: tuple[Path, str], tmp_path: Path) -> None:
