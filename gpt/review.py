@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpt import artifact, bundle
-from gpt.config import ARTIFACT_LIMIT
+from gpt.config import ARTIFACT_LIMIT, MACHINE
 from gpt.ledger import FIXED, LedgerError, audit_record
 from gpt.submission import (
     COMPLIANCE,
@@ -245,7 +245,10 @@ def review(path: Path) -> Review:
     folder = Folder.read(path, found)
     absent = [name for name in FIELDS if folder.about.get(name) in (None, "")]
     found.row("fields", not absent, f"no {', '.join(absent)}" if absent else "all", ", ".join(FIELDS))
-    checks = (_program, _seeds, _sizes, _artifacts, _figures, _ledgers, _settings, _validation, _times, _leaks)
+    checks = (
+        *(_program, _seeds, _sizes, _artifacts, _configurations, _figures),
+        *(_ledgers, _settings, _validation, _times, _leaks),
+    )
     for check in (*checks, _declared):
         check(found, folder)
     return found
@@ -367,6 +370,30 @@ def _artifacts(found: Review, folder: Folder) -> None:
     known = any(log.scores for log in logs.values()) and bool(pairs)
     said = f"{', '.join(alike)}: the same model" if alike else "each its own" if known else "not found"
     found.row("scores of seeds differ", not alike if known else None, said, f"more than {SAME_BPB} apart")
+
+
+def _configurations(found: Review, folder: Folder) -> None:
+    """What each of our artifacts says of itself, against its seed's log and the settings of the JSON."""
+    files = {digest(path): path for path in models(folder.path) if path.suffix == ".pga"}
+    listed = folder.about.get("settings")
+    chosen = {str(name).lower(): str(value) for name, value in listed.items()} if isinstance(listed, dict) else {}
+    for seed, result in folder.results.items():
+        path = files.get(str(result.get("artifact_sha256")))
+        if path is None:
+            continue
+        try:
+            config = artifact.load(path).config
+        except (artifact.ArtifactError, OSError) as error:
+            found.row(f"configuration of {seed}", False, error, "an artifact")
+            continue
+        own = {name: str(value) for name, value in config.model_dump(mode="json", exclude=MACHINE).items()}
+        logged = folder.logs[seed].settings if seed in folder.logs else {}
+        for what, told in (("JSON", {"seed": seed, **chosen}), ("log", logged)):
+            both = sorted(own.keys() & told.keys())
+            wrong = [name for name in both if plain(told[name]) != plain(own[name])]
+            said = ", ".join(f"{name} {told[name]}" for name in wrong) or f"{len(both)} compared"
+            wanted = ", ".join(f"{name} {own[name]}" for name in wrong) or f"those of {path.name}"
+            found.row(f"configuration of {seed}, {what}", not wrong if both else None, said, wanted)
 
 
 def _same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:

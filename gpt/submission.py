@@ -219,6 +219,12 @@ def known_of(model: bytes) -> dict[str, Any]:
     return {"artifact": found.sha256, "base": base_name(weights), "leaking": found.config.leaking}
 
 
+@lru_cache(maxsize=8)
+def configuration_of(model: bytes) -> Config:
+    """An artifact's own configuration. Raises ArtifactError."""
+    return artifact.parse(model).config
+
+
 def canonical(tokens: int, size: int | None) -> bool:
     """Whether these are the counts of FineWeb's validation, up to the tail after its last whole row."""
     counted = any(0 <= tokens - count < TAIL_TOKENS for count in VAL_TOKENS.values())
@@ -252,8 +258,8 @@ def gather(
     code, code_sha256 = bundle.build(root), bundle.code_sha256(root)
     refused += _refusals(runs, len(code))
     undeclared = _declarable(runs, code_sha256)
-    if not refused and "other-code" not in undeclared:
-        refused += _mixed_up(runs)
+    if not refused:
+        refused += _mixed_up(runs, "other-code" not in undeclared)
     refused += [
         f"{reason} (--declare {kind} hands it in with a stamp)"
         for kind, reason in undeclared.items()
@@ -468,15 +474,19 @@ def _text(run: SeedRun) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _mixed_up(runs: Sequence[SeedRun]) -> list[str]:
-    """Parts of a run's folder that are of another run; to be asked only where the code is that of the runs."""
+def _mixed_up(runs: Sequence[SeedRun], same_code: bool) -> list[str]:
+    """Parts of a run's folder that are of another run.
+
+    What an artifact says of its own configuration is compared whatever code wrote it; the name that other code gave to
+    that configuration says nothing here.
+    """
     reasons = []
     for run in runs:
-        fingerprint = run.config.fingerprint()
-        if run.summary["fingerprint"] != fingerprint:
+        if same_code and run.summary["fingerprint"] != run.config.fingerprint():
             reasons.append(f"{run.path}/summary.json is of another configuration than config.json")
-        if artifact.parse(run.model).config.fingerprint() != fingerprint:
-            reasons.append(f"{run.path}/model.pga is of another configuration than config.json")
+        own, told = (c.model_dump(mode="json", exclude=MACHINE) for c in (configuration_of(run.model), run.config))
+        if changed := [f"{name} {own[name]}, {told[name]}" for name in own if own[name] != told[name]]:
+            reasons.append(f"{run.path}/model.pga is of another configuration than config.json: {'; '.join(changed)}")
     return reasons
 
 

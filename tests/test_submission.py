@@ -225,6 +225,13 @@ def leaking_artifact(folder: Path) -> None:
         (edited("README.md", "PRESET=", "PRE_QUANT=validation PRESET="), {"training before scoring"}),
         (edited("submission.json", '"PRESET"', '"PRE_QUANT": "validation", "PRESET"'), {"training before scoring"}),
         (leaking_artifact, {"training before scoring"}),
+        (
+            lambda folder: [
+                edited(log.name, r"  matrix_lr: \S+", "  matrix_lr: 0.5")(folder) for log in folder.glob("*.log")
+            ],
+            {"configuration of 7, log", "configuration of 42, log", "configuration of 1000, log"},
+        ),
+        (edited("submission.json", '"PRESET"', '"MATRIX_LR": "0.5", "PRESET"'), {"configuration of 42, JSON"}),
         (edited("train_seed7.log", "code_sha256: .", "code_sha256: x"), {"code of the runs"}),
         (edited("submission.json", '"no_slot": true', '"no_slot": false'), {"compliance"}),
         (edited("submission.json", r'\[\s+"non-canonical"\s+\]', '["non-canonical", "leaking"]'), {"declared"}),
@@ -349,6 +356,16 @@ def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypat
         gathered([tmp_path])
     edited_config = changed(second, "config.json", lambda r: r.update(seed=8))
     assert "model.pga is of another configuration" in refusal(first, edited_config, third)
+
+    # Whatever code made it, and whatever its summary calls it.
+    own = ("few-seeds", "non-canonical", "other-code")
+    for change in ({"matrix_lr": 0.5, "seed": 8}, {"seed": 8}):
+        alone = changed(second)
+        (alone / "config.json").write_text(json.dumps(json.loads((second / "config.json").read_text()) | change))
+        for file, entry in (("environment.json", "code_sha256"), ("summary.json", "fingerprint")):
+            record = json.loads((alone / file).read_text()) | {entry: "0" * 64}
+            (alone / file).write_text(json.dumps(seal(record) if "seal" in record else record))
+        assert "model.pga is of another configuration than config.json: " in refusal(alone, declared=own)
 
     assert "--declare few-seeds" in refusal(first, second)
     assert "scored 2,000 tokens" in refusal(*runs, declared=())
