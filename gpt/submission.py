@@ -21,13 +21,27 @@ import torch
 
 from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT, MACHINE, ROOT, Config, ConfigError
-from gpt.ledger import FIXED, LedgerError, audit_record, base_name, ledger_of
+from gpt.ledger import (
+    CLAIM,
+    COUNT,
+    FIXED,
+    MOST,
+    NUMBER,
+    SHA256,
+    TEXT,
+    Kind,
+    LedgerError,
+    audit_record,
+    base_name,
+    ledger_of,
+)
 from gpt.record import RecordError, read_config
 from gpt.ttt import parse_form
 from kernels import select
 
 SECONDS_LIMIT = 600  # of training with calibration, and again of scoring
 FEWEST_SEEDS = 3
+EARLY_SECONDS, LATE_SECONDS = 1.0, 30.0  # by which a run's last logged step and its end may seem to be apart
 # The field's exports of FineWeb's validation: its first 50,000 documents. Counts are of whole rows; what is left of
 # the text after the last whole row may or may not be scored.
 VAL_TOKENS = {
@@ -63,6 +77,97 @@ class SubmissionError(RecordError):
     """Runs cannot be handed in together; the message says what was found and what was wanted."""
 
 
+# What the records of a run hold, as far as it is handed in.
+WHOLE: Kind = lambda x: type(x) is int and 0 <= x <= MOST, f"a whole number of 0 to {MOST}"
+DATE: Kind = lambda x: isinstance(x, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+Z", x)), "YYYY-MM-DDTHH:MM:SSZ"
+
+
+def _or_null(kind: Kind) -> Kind:
+    right, name = kind
+    return lambda x: x is None or right(x), f"{name} or null"
+
+
+def _versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_or_null(TEXT)[0], value.values())) and TEXT[0](value.get("torch"))
+
+
+ENVIRONMENT: dict[str, Kind] = {
+    "started": DATE,
+    "python": TEXT,
+    "packages": (_versions, "versions by name, torch's among them"),
+    "device": TEXT,
+    "cuda": _or_null(TEXT),
+    "world_size": COUNT,
+}
+SUMMARY: dict[str, Kind] = {
+    "run": TEXT,
+    "fingerprint": TEXT,
+    "steps": WHOLE,
+    "seconds": NUMBER,
+    "pre_quant_seconds": NUMBER,
+    "calibration_seconds": NUMBER,
+    "ms_per_step": _or_null(NUMBER),
+    "depth": (lambda x: isinstance(x, list) and all(map(WHOLE[0], x)), "the layers in their order"),
+    "scores": (
+        lambda x: isinstance(x, dict) and "ema" in x and any(name.startswith("artifact") for name in x),
+        "scores by name, ema and artifact among them",
+    ),
+    "artifact": (lambda x: isinstance(x, dict) and SHA256[0](x.get("sha256")), "an object with its sha256"),
+}
+TRAINED: dict[str, Kind] = {
+    "step": WHOLE,
+    "train_loss": NUMBER,
+    "gradient_norm": NUMBER,
+    "lr_factor": NUMBER,
+    "layers": COUNT,
+    "elapsed": NUMBER,
+    "ms_per_step": _or_null(NUMBER),
+}
+VALIDATED: dict[str, Kind] = {"step": WHOLE, "val_loss": NUMBER, "val_bpb": NUMBER}
+SKIPPED: dict[str, Kind] = {"step": WHOLE, "skipped": TEXT}
+
+
+def _kinds_of(entry: Any) -> dict[str, Kind]:
+    """Of a line of metrics.jsonl."""
+    named = entry if isinstance(entry, dict) else {}
+    return VALIDATED if "val_loss" in named else SKIPPED if "skipped" in named else TRAINED
+
+
+def _expect(what: str, found: Any, wanted: Mapping[str, Kind]) -> None:
+    """Raises RecordError unless it is an object with these entries, each of its kind."""
+    if not isinstance(found, dict):
+        raise RecordError(f"{what}: {json.dumps(found)[:80]}, wanted an object")
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise RecordError(f"{what}: no {', '.join(missing)}")
+    for name, (right, kind) in wanted.items():
+        if not right(found[name]):
+            raise RecordError(f"{what}: {name} {json.dumps(found[name])[:80]}, wanted {kind}")
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise RecordError(str(error)) from None
+
+
+def _json(what: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{what}: {error}; wanted JSON") from None
+
+
+def _record(file: Path, wanted: Mapping[str, Kind]) -> dict[str, Any]:
+    found: dict[str, Any] = _json(str(file), _bytes(file))
+    _expect(str(file), found, wanted)
+    return found
+
+
+def _lines(file: Path) -> list[Any]:
+    return [_json(f"{file}, line {number}", line) for number, line in enumerate(_bytes(file).splitlines(), 1)]
+
+
 @dataclass(frozen=True)
 class SeedRun:
     """A finished run's records."""
@@ -83,22 +188,25 @@ class SeedRun:
 
     @classmethod
     def read(cls, path: Path) -> SeedRun:
-        """Raises RecordError where `path` is no run's folder, SubmissionError where the run is not finished."""
+        """Raises RecordError where `path` is no run's folder or one of its records is not what a run writes.
+
+        Of the kind of SubmissionError where the run is not finished.
+        """
         config = read_config(path)
-
-        def lines(name: str) -> list[dict[str, Any]]:
-            file = path / name
-            return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-        try:
-            environment = json.loads((path / "environment.json").read_text())
-            if not (path / "summary.json").exists():
-                raise SubmissionError(f"{path} is not finished: no summary.json; train.py --resume {path}")
-            summary = json.loads((path / "summary.json").read_text())
-            model = (path / "model.pga").read_bytes()
-            return cls(path, config, environment, lines("resumed.jsonl"), summary, lines("metrics.jsonl"), model)
-        except (OSError, json.JSONDecodeError) as error:
-            raise RecordError(f"{path}: {error}") from None
+        if not (path / "summary.json").exists():
+            raise SubmissionError(f"{path} is not finished: no summary.json; train.py --resume {path}")
+        environment = _record(path / "environment.json", ENVIRONMENT)
+        summary = _record(path / "summary.json", SUMMARY)
+        for name, score in summary["scores"].items():
+            _expect(f"{path}/summary.json: score {name!r}", score, CLAIM)
+        resumed = path / "resumed.jsonl"
+        again = _lines(resumed) if resumed.exists() else []
+        for number, entry in enumerate(again, 1):
+            _expect(f"{resumed}, line {number}", entry, {"started": ENVIRONMENT["started"]})
+        metrics = _lines(path / "metrics.jsonl")
+        for number, entry in enumerate(metrics, 1):
+            _expect(f"{path}/metrics.jsonl, line {number}", entry, _kinds_of(entry))
+        return cls(path, config, environment, again, summary, metrics, _bytes(path / "model.pga"))
 
 
 @dataclass(frozen=True)
@@ -256,6 +364,7 @@ def gather(
     if scores and not refused:
         runs = with_scores(runs, scores)
     code, code_sha256 = bundle.build(root), bundle.code_sha256(root)
+    refused += [reason for run in runs if (reason := _contradiction(run))]
     refused += _refusals(runs, len(code))
     undeclared = _declarable(runs, code_sha256)
     if not refused:
@@ -427,6 +536,29 @@ def _unproven(run: SeedRun, record: Path) -> str:
         return str(error)
     except artifact.ArtifactError as error:
         return f"{run.path}/model.pga: {error}"
+    return ""
+
+
+def _contradiction(run: SeedRun) -> str:
+    """What summary.json says of steps and seconds that metrics.jsonl does not bear out; empty where they agree."""
+    summary, every = run.summary, run.config.train_log_every
+    steps, seconds, step_ms = summary["steps"], summary["seconds"], summary["ms_per_step"]
+    names = f"{run.path}/summary.json and metrics.jsonl"
+    last = max((entry["step"] for entry in run.metrics), default=None)
+    if last is None:
+        return f"{names}: {steps} steps, but no line of any"
+    # Validation follows the last step; without it a line may be missing for fewer steps than are logged together.
+    latest = last if run.config.val_loss_every else last + max(every, 1) - 1
+    if not last <= steps <= latest:
+        return f"{names}: {steps} steps, but the last line is of step {last}"
+    # A line has the seconds at which its step was launched, on average over the ranks.
+    trained = [entry for entry in run.metrics if "elapsed" in entry]
+    launched = trained[-1]["elapsed"] if trained else 0.0
+    longest = LATE_SECONDS + 2 * launched * steps / max(trained[-1]["step"] - 1, 1) if trained else MOST
+    if not launched - EARLY_SECONDS <= seconds <= longest:
+        return f"{names}: {seconds} seconds, but the last line was written after {launched}"
+    if steps and (step_ms is None or abs(steps * step_ms - 1e3 * seconds) > 1 + 1e-3 * steps):
+        return f"{run.path}/summary.json: {steps} steps of {step_ms} ms are not {seconds} seconds"
     return ""
 
 

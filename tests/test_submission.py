@@ -388,6 +388,74 @@ def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypat
     assert re.search(r"bytes of model and [\d,]+ of code are [\d,]+, wanted at most 100,000", refusal(*runs))
 
 
+def test_summary_and_metrics_agree(runs: list[Path], tmp_path: Path) -> None:
+    number = iter(range(100))
+
+    def refusal(change: dict[str, Any], metrics: Callable[[str], str] = str) -> str:
+        run = doctored(runs[0], tmp_path / str(next(number)), "summary.json", lambda r: r.update(change))
+        (run / "metrics.jsonl").write_text(metrics((run / "metrics.jsonl").read_text()))
+        with pytest.raises(SubmissionError) as error:
+            gathered([run], declared=("few-seeds", "non-canonical"))
+        return str(error.value)
+
+    metrics = "summary.json and metrics.jsonl"
+    assert f"{metrics}: 99999 steps, but the last line is of step 4" in refusal({"steps": 99999})
+    assert f"{metrics}: 3 steps, but the last line is of step 4" in refusal({"steps": 3})
+    slow = json.dumps({"elapsed": 601.0})[1:-1]
+    said = refusal({"seconds": 1.0}, lambda text: re.sub(r'"elapsed": [\d.]+', slow, text))
+    assert f"{metrics}: 1.0 seconds, but the last line was written after 601.0" in said
+    assert f"{metrics}: 590.0 seconds, but the last line" in refusal({"seconds": 590.0})
+    assert "4 steps of 0.01 ms are not" in refusal({"ms_per_step": 0.01})
+    assert f"{metrics}: 4 steps, but no line of any" in refusal({}, lambda text: "")
+
+
+def test_damaged_records_are_named(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with the file, what was found and what was wanted."""
+    run = doctored(runs[0], tmp_path)
+
+    def without(file: str, *names: str) -> list[tuple[str, bytes, str]]:
+        record = json.loads((run / file).read_text())
+        texts = [json.dumps({key: value for key, value in record.items() if key != name}) for name in names]
+        return [(file, text.encode(), f"no {name}") for text, name in zip(texts, names, strict=True)]
+
+    def changed(file: str, name: str, value: Any) -> tuple[str, bytes, str]:
+        record = json.loads((run / file).read_text()) | {name: value}
+        return file, json.dumps(record).encode(), f"{name} {json.dumps(value)}, wanted "
+
+    cases = [
+        *without("environment.json", "packages", "device", "world_size", "cuda", "started", "python"),
+        *without("summary.json", "steps", "seconds", "ms_per_step", "calibration_seconds", "depth", "fingerprint"),
+        *without("summary.json", "artifact", "pre_quant_seconds", "run", "scores"),
+        changed("environment.json", "device", None),
+        changed("environment.json", "packages", {"numpy": "2"}),
+        changed("summary.json", "steps", "many"),
+        changed("summary.json", "steps", True),
+        changed("summary.json", "scores", {"ema": {}}),
+        ("summary.json", b'{"scores": 1}', "no artifact"),
+        ("metrics.jsonl", b'{"step": 1}\n', "line 1: no elapsed"),
+        ("metrics.jsonl", b'{"step": 1, "val_loss": "x", "val_bpb": 1.0}\n', 'val_loss "x", wanted a number'),
+        ("metrics.jsonl", b"{", "line 1: Expecting"),
+        ("resumed.jsonl", b"{}", "line 1: no started"),
+    ]
+    for file in ("config.json", "environment.json", "summary.json", "metrics.jsonl", "resumed.jsonl"):
+        cases += [(file, b"[1]", ""), (file, b"\xff\xfe", ""), (file, b"[" * 100_000, "")]
+    for file, text, said in cases:
+        before = (run / file).read_bytes() if (run / file).exists() else None
+        (run / file).write_bytes(text)
+        assert hand_in(run, "--out", tmp_path / "out", *OPTIONS) == 2
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert printed.count("\n") == 1
+        assert str(run) in printed
+        assert file in printed or file == "config.json"
+        (run / file).unlink() if before is None else (run / file).write_bytes(before)
+    for file in ("environment.json", "metrics.jsonl", "model.pga"):
+        (run / file).rename(tmp_path / "away")
+        assert hand_in(run, "--out", tmp_path / "out", *OPTIONS) == 2
+        assert str(run / file) in capsys.readouterr().err
+        (tmp_path / "away").rename(run / file)
+
+
 def test_what_is_declared_is_stamped(leak: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     wrong = (*OPTIONS, "--declare", "few-seeds")
