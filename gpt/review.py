@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT, MACHINE
+from gpt.folder import facts_told, readme, submission_json
 from gpt.ledger import FIXED, LedgerError, audit_record
 from gpt.submission import (
     COMPLIANCE,
@@ -246,7 +247,7 @@ def review(path: Path) -> Review:
     absent = [name for name in FIELDS if folder.about.get(name) in (None, "")]
     found.row("fields", not absent, f"no {', '.join(absent)}" if absent else "all", ", ".join(FIELDS))
     checks = (
-        *(_program, _seeds, _sizes, _artifacts, _configurations, _figures),
+        *(_program, _seeds, _sizes, _artifacts, _configurations, _figures, _own_figures),
         *(_ledgers, _settings, _validation, _times, _leaks),
     )
     for check in (*checks, _declared):
@@ -463,6 +464,68 @@ def _figures(found: Review, folder: Folder) -> None:
         figures = [figure for figure in re.findall(pattern, text, re.I) if 0.3 < float(figure) < 10]
         same = all(agree(bpb, figure) for figure in figures) if figures else None
         found.row(f"val_bpb in README's {what}", same, ", ".join(figures) or "none", bpb)
+
+
+def _own_figures(found: Review, folder: Folder) -> None:
+    """A folder that quantize.py submission wrote: every field and every cell again, from its logs."""
+    about, logs = folder.about, folder.logs
+    if "train_gpt_sha256" not in about or folder.code is None:
+        return
+    try:
+        if missing := sorted(folder.results.keys() - logs.keys()):
+            raise ValueError(f"no log of {', '.join(missing)}")
+        if not folder.results:
+            raise ValueError("no results of any seed")
+        carried = hashlib.sha256(bundle.unwrapped(folder.code) or b"").hexdigest()
+        texts = {int(seed): logs[seed].text for seed in folder.results}
+        facts = facts_told(about, texts, folder.code, carried)
+        wanted = submission_json(facts)
+    except ValueError as error:
+        found.row("figures from the logs", False, error, "logs as quantize.py submission writes them")
+        return
+    given = about.get("settings")
+    given = {str(name): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
+    del wanted["settings"]  # compared with logs and artifacts on their own
+    seeds = {str(seed.seed): seed for seed in facts.seeds}
+    results = wanted.pop("seed_results")
+    wrong = {name: value for name, value in wanted.items() if about.get(name, "none") != value}
+    said = "; ".join(f"{name} {about.get(name, 'none')}" for name in wrong) or f"{len(wanted)} fields"
+    told_by = "; ".join(f"{name} {value}" for name, value in wrong.items()) or "what the logs say"
+    found.row("figures, JSON", not wrong, said, told_by)
+    for name, result in results.items():
+        own, seed = folder.results.get(name, {}), seeds[name]
+        # Logs have whole milliseconds.
+        loose = {"eval_time_s": 1e-3 * len(seed.scores), "step_avg_ms": 1e-3 + 1 / max(seed.steps, 1)}
+        wrong = {
+            what: value for what, value in result.items() if not _alike(own.get(what), value, loose.get(what, 1e-9))
+        }
+        said = "; ".join(f"{what} {own.get(what, 'none')}" for what in wrong) or f"{len(result)} fields"
+        told_by = "; ".join(f"{what} {value}" for what, value in wrong.items()) or "what the log says"
+        found.row(f"figures of {name}, JSON", not wrong, said, told_by)
+    lines = set(folder.readme.splitlines())
+    ours = dict.fromkeys(line for kept in (True, False) for line in readme(facts, kept, given).splitlines())
+    gone = [line for line in ours if re.search(r"\d", line) and line not in lines and not line.startswith("They ")]
+    heads = [line for line in ours if line.startswith("| seed |")]
+    cells = [said for line in gone if line.startswith("| ") for said in _cells(heads[0], line, lines)]
+    rest = [line.strip() for line in gone if not line.startswith("| ")]
+    said = "; ".join(f"{what} {one}" for what, one, _ in cells) or "each cell"
+    found.row("table of README", not cells, said, "; ".join(f"{what} {one}" for what, _, one in cells) or "of the logs")
+    found.row("lines of README", not rest, f"{len(rest)} not there" if rest else "each", "; ".join(rest))
+
+
+def _alike(one: Any, other: Any, within: float) -> bool:
+    if isinstance(other, str) or isinstance(one, bool) or not isinstance(one, int | float):
+        return bool(one == other)
+    return abs(one - other) <= within
+
+
+def _cells(head: str, line: str, lines: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Cells of a table's line that README has otherwise: name, what it has, what was wanted."""
+    names, wanted = ([cell.strip() for cell in text.split("|")[1:-1]] for text in (head, line))
+    rows = [[cell.strip() for cell in text.split("|")[1:-1]] for text in lines if text.startswith("|")]
+    found = next((row for row in rows if row[:1] == wanted[:1]), [])
+    found += ["none"] * (len(wanted) - len(found))
+    return [(f"{wanted[0]}, {n}", a, b) for n, a, b in zip(names, found, wanted, strict=False) if a != b]
 
 
 def _ledgers(found: Review, folder: Folder) -> None:

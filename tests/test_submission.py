@@ -248,6 +248,74 @@ def test_the_check_sees(doctor: Callable[[Path], None], failing: set[str], hande
     assert all(row.name in found.table() for row in found.rows)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "failing"),
+    [
+        (r'("7": \{\s+"val_loss": )\d', r"\g<1>9", "figures of 7, JSON"),
+        *(
+            (rf'("{name}": )\d+(\.\d+)?,', r"\g<1>77,", "figures of 7, JSON")
+            for name in ("steps", "step_avg_ms", "train_time_s", "calibration_time_s")
+        ),
+        (r'("eval_time_s": )\d+(\.\d+)?', r"\g<1>77", "figures of 7, JSON"),
+        (r'("val_bpb": .*\n *"pre_quant_val_bpb": )\d([\d.]+,\n *"artifact_b)', r"\g<1>9\2", "figures of 7, JSON"),
+        (r'("pre_quant_val_bpb": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("val_loss": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("val_loss_std": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("stride": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("date": ")\d', r"\g<1>1", "figures, JSON"),
+        (r'("stamps": \[\s+")NON', r"\1", "figures, JSON"),
+        (r'("hardware": ")1', r"\g<1>8", "figures, JSON"),
+        (r'("pytorch_version": ")\d', r"\g<1>9", "figures, JSON"),
+        (r'("cuda_version": ).*', r'\1"13.0",', "figures, JSON"),
+        (r'("git_commit": ).*', r'\1"none",', "figures, JSON"),
+        (r'("canonical_validation": )false', r"\1true", "figures, JSON"),
+    ],
+)
+def test_the_check_compares_each_field(old: str, new: str, failing: str, handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "doctored"
+    shutil.copytree(handed_in, folder, ignore=shutil.ignore_patterns("*.pga"))
+    edited("submission.json", old, new)(folder)
+    assert failing in {row.name for row in review.review(folder).rows if row.verdict == "FAIL"}
+
+
+def test_the_check_compares_each_cell(handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "doctored"
+    shutil.copytree(handed_in, folder, ignore=shutil.ignore_patterns("*.pga"))
+    text = (folder / "README.md").read_text()
+
+    def failing(changed: str) -> set[str]:
+        (folder / "README.md").write_text(changed)
+        return {row.name for row in review.review(folder).rows if row.verdict == "FAIL"}
+
+    assert not failing(f"{text}\n## Words of the author's\n\n1.5 times as fast as 1 year ago.\n")
+    cells = [
+        match for line in ("7", "42", "mean", "std") for match in re.finditer(rf"^\| {line} \|(.*)\|$", text, re.M)
+    ]
+    places = [cells[0].start(1) + match.start() for match in re.finditer(r"(?<![\d.,])\d", cells[0][1])]
+    places += [row.start(1) + next(re.finditer(r"\d", row[1])).start() for row in cells[1:]]
+    for place in places:
+        digit = "7" if text[place] != "7" else "3"
+        assert "table of README" in failing(text[:place] + digit + text[place + 1 :])
+    for old, new in ((r"^torch \d", "torch 9"), ("context 32", "context 64"), ("SEED=7", "SEED=8")):
+        assert "lines of README" in failing(re.sub(old, new, text, flags=re.M))
+    # The other way round: a log that says something else.
+    (folder / "README.md").write_text(text)
+    log = (folder / "train_seed7.log").read_text()
+    for old, new in (
+        (r"stopped step:4", "stopped step:5"),
+        (r"(stopped .* train_time:)", r"\g<1>1"),
+        (r"(quantized .* val_bpb:)\d", r"\g<1>9"),
+        (r"(quantized .* eval_time:)", r"\g<1>9"),
+        (r"(Total submission size .*: )", r"\g<1>1"),
+        (r"(quantized_sliding_window .* context:)", r"\g<1>1"),
+        (r"started ", "started at "),
+    ):
+        changed = re.sub(old, new, log)
+        assert changed != log
+        (folder / "train_seed7.log").write_text(changed)
+        assert review.review(folder).failed
+
+
 def test_fine_tuning_on_held_out_rows_is_no_leak(handed_in: Path, tmp_path: Path) -> None:
     folder = tmp_path / "held-out"
     shutil.copytree(handed_in, folder)
