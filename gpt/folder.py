@@ -136,8 +136,8 @@ def seed_log(facts: Facts, seed: Seed, run: SeedRun) -> str:
         f"stopped step:{seed.steps}/{config.iterations} train_time:{1e3 * seed.train_seconds:.0f}ms "
         f"calibration_time:{1e3 * seed.calibration_seconds:.0f}ms step_avg:{seed.step_ms:.3f}ms",
         f"Code size: {len(facts.code)} bytes",
-        f"Serialized model int6+brotli: {seed.model_bytes} bytes",
-        f"Total submission size int6+brotli: {seed.total_bytes} bytes",
+        f"Serialized model int6+rans: {seed.model_bytes} bytes",
+        f"Total submission size int6+rans: {seed.total_bytes} bytes",
         f"Artifact sha256: {seed.sha256}",
     ]
     lines += [

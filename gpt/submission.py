@@ -376,7 +376,9 @@ def gather(
     ]
     unfounded = sorted(set(declared) - undeclared.keys())
     refused += [f"--declare {kind}: the records say nothing of the kind" for kind in unfounded]
-    if figures := re.findall(r"\d\.\d{3,}", f"{name} {blurb}"):
+    words = {"name": name, "blurb": blurb, "author": author, "GitHub ID": github_id}
+    refused += [f"{what} {text!r}: wanted one line of text" for what, text in words.items() if not text.isprintable()]
+    if figures := re.findall(r"\d[.,]\d{2,}", f"{name} {blurb}"):
         refused.append(f"{', '.join(figures)} in name or blurb: figures come from the records alone")
     if refused:
         raise SubmissionError("\n  ".join(["cannot be handed in:", *refused]) if len(refused) > 1 else refused[0])

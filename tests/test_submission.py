@@ -23,14 +23,14 @@ from gpt.folder import seed_log, settings, submission_json
 from gpt.ledger import audit_record, read, seal
 from gpt.record import RecordError, read_config
 from gpt.submission import VAL_BYTES, Facts, SeedRun, SubmissionError, canonical, gather, leaking
-from tests.test_bundle import sample_data, script, small_run
+from tests.test_bundle import run_script, sample_data, script, small_run
 from tests.test_ledger import relink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gathered(paths: Sequence[Path], **settings: Any) -> Facts:
-    return gather(paths, author="A. Person", github_id="person", **settings)
+    return gather(paths, **{"author": "A. Person", "github_id": "person", **settings})
 
 
 OPTIONS = ("--author", "A. Person", "--github-id", "person", "--declare", "non-canonical")
@@ -104,7 +104,7 @@ def test_the_folder_is_what_the_field_expects(handed_in: Path, runs: list[Path])
         for text in (
             f"\n  seed: {seed}\n",
             f"Code size: {len(code)} bytes",
-            f"Total submission size int6+brotli: {result['artifact_bytes']} bytes",
+            f"Total submission size int6+rans: {result['artifact_bytes']} bytes",
             f"quantized_sliding_window val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} tokens:2000 ",
             "step:4/4 train_loss:",
             "step:2/4 val_loss:",
@@ -449,7 +449,11 @@ def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypat
         *runs, declared=("non-canonical", "leaking")
     )
     assert "wanted one of few-seeds" in refusal(*runs, declared=("nothing",))
-    assert "1.0527 in name or blurb" in refusal(*runs, name="1.0527 at last")
+    for figure in ("1.0527", "1,05", "0.99"):
+        assert f"{figure} in name or blurb" in refusal(*runs, name=f"{figure} at last")
+    for where in ("name", "blurb", "author", "github_id"):
+        words: dict[str, Any] = {where: "x\n# y"}
+        assert "'x\\n# y': wanted one line of text" in refusal(*runs, **words)
     every = refusal(leak, declared=())
     assert all(f"(--declare {kind}" in every for kind in ("few-seeds", "leaking", "non-canonical"))
     monkeypatch.setattr(submission, "ARTIFACT_LIMIT", 100_000)
@@ -763,6 +767,10 @@ def test_the_file_alone_does_not_hand_in(tmp_path: Path) -> None:
     assert not {"gpt/submission.py", "gpt/folder.py", "gpt/review.py"} & set(
         bundle.source_files(script(tmp_path).read_bytes()) or ()
     )
+    said = run_script(tmp_path / "train_gpt.py", "quantize", "--help").stdout
+    assert "makes another one from a finished run." in " ".join(said.split())
+    assert "submission" not in said
+    assert "hand" not in said
 
 
 def test_the_main_readme_s_commands_are_understood() -> None:
