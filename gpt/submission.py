@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,15 @@ VAL_TOKENS = {
 }
 VAL_BYTES = 151_080_891
 TAIL_TOKENS, TAIL_BYTES = 2048, 20_000
+# Nats a token of a bit a byte there, ln 2 times the bytes of a token.
+NATS_PER_BIT = {
+    "sp1024": 1.6885,
+    "sp4096": 2.3010,
+    "sp8192": 2.5831,
+    "sp8192, long rows": 2.5831,
+    "sp8192 CaseOps": 2.1884,
+    "bytes": 0.6929,
+}
 TTT = "artifact_ttt_"  # and a form: a score with test-time training, among a run's
 
 # What a submission may own up to, and the words that then stand wherever its score does.
@@ -561,6 +571,19 @@ def _contradiction(run: SeedRun) -> str:
         return f"{names}: {seconds} seconds, but the last line was written after {launched}"
     if steps and (step_ms is None or abs(steps * step_ms - 1e3 * seconds) > 1 + 1e-3 * steps):
         return f"{run.path}/summary.json: {steps} steps of {step_ms} ms are not {seconds} seconds"
+    for name, score in summary["scores"].items():
+        tokens, size = score["tokens"], score["bytes"]
+        ratio = score["nats_per_token"] / score["bpb"] if score["bpb"] else 0.0
+        if abs(ratio - math.log(2) * size / tokens) > 1e-6 * ratio:
+            return (
+                f"{run.path}/summary.json: {name}: {ratio:.6f} nats a token for a bit a byte, not of {size} / {tokens}"
+            )
+        named = [known for text, known in NATS_PER_BIT.items() if re.match(rf"sp{run.config.vocab_size}\b", text)]
+        if named and canonical(tokens, size) and all(abs(ratio - known) > 2e-4 for known in named):
+            return (
+                f"{run.path}/summary.json: {name}: {ratio:.4f} nats a token for a bit a byte, wanted "
+                f"{' or '.join(f'{known:.4f}' for known in dict.fromkeys(named))} of {run.config.vocab_size} tokens"
+            )
     return ""
 
 

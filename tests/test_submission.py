@@ -8,7 +8,9 @@ import re
 import shlex
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +340,8 @@ def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
             f"val_loader:shards pattern=x tokens:40540160\n1/20000 train_loss: 9.0 train_time: 0.0m\n"
             f"stopping_early: wallclock_cap train_time: 588138ms step: 4988/20000\nCode size: {size} bytes\n"
             f"Serialized model quantized+brotli: {total - size} bytes\n"
-            f"Total submission size quantized+brotli: {total} bytes\nlegal_ttt_exact val_loss:2.79 val_bpb:{bpb:.8f}\n"
+            f"Total submission size quantized+brotli: {total} bytes\n"
+            f"legal_ttt_exact val_loss:{2.5831 * bpb:.8f} val_bpb:{bpb:.8f}\n"
         )
     mean = statistics.fmean(bpb for bpb, _ in seeds.values())
     about = {
@@ -356,6 +359,34 @@ def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
     assert {name for name, verdict in found.items() if verdict == "FAIL"} == {"number of seeds"}
     assert found["settings in README"] == found["one configuration, logs"] == found["validation"] == "ok"
     assert found["code bytes, JSON"] == found["scoring, s"] == "unknown"
+    assert found["val_loss / val_bpb, logs"] == "ok"
+    log = tmp_path / "train_seed1.log"
+    text = log.read_text()
+
+    def verdict(row: str, changed: str) -> str:
+        log.write_text(changed)
+        return {one.name: one.verdict for one in review.review(tmp_path).rows}[row]
+
+    # The field's sp1024 ratio; another's where the log does not say of what text.
+    loss = f"val_loss:{1.6885 * seeds['1'][0]:.8f}"
+    other = re.sub(r"val_loss:\S+", loss, text)
+    assert verdict("val_loss / val_bpb, logs", other) == "FAIL"
+    other = re.sub(r"val_loss:\S+", "val_loss:2.50000000", text).replace("40540160", "40640160")
+    (tmp_path / "train_seed2.log").rename(tmp_path / "away")
+    assert verdict("val_loss / val_bpb, logs", other) == "unknown"
+    (tmp_path / "away").rename(tmp_path / "train_seed2.log")
+    # Parts of what a line tells of are no settings.
+    assert verdict("settings in README", text.replace("1/20000", "matrix_lr:active=1 x=2\n1/20000")) == "ok"
+    log.write_text(text)
+    # A submission inside is its own.
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "submission.json").write_text("{}")
+    log.rename(inner / log.name)
+    rows = {row.name: row for row in review.review(tmp_path).rows}
+    assert (rows["log of each seed"].verdict, rows["log of each seed"].found) == ("FAIL", "train_seed2.log")
+    (inner / log.name).rename(log)
+    shutil.rmtree(inner)
     # Whatever stands in the JSON: rows, no traceback.
     values: list[Any] = [None, "x", "(", [], [{}], {"1": None}, {"(": {}}, True, -1e9, 1e300, math.nan]
     for value in values:
@@ -376,6 +407,21 @@ def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
         }
         (tmp_path / "submission.json").write_text(json.dumps({**about, "seeds": changed}))
         assert review.review(tmp_path).table()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["ttt_adapt", "ttt_adaptloss", "quant val_loss", "pre_quant", "Code size", "Serialized model x", "\n", " val_bpb:"],
+)
+def test_no_log_keeps_the_check_busy(line: str, handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "busy"
+    shutil.copytree(handed_in, folder, ignore=shutil.ignore_patterns("*.pga"))
+    log = folder / "train_seed7.log"
+    log.write_text(log.read_text() + line * (200_000 // len(line)))
+    (folder / "submission.json").write_text("[" * 900 + "]" * 900) if line == "\n" else None
+    start = time.process_time()
+    review.review(folder)
+    assert time.process_time() - start < 5
 
 
 def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,7 +778,7 @@ def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path:
         copy = doctored(
             run, tmp_path, "environment.json", lambda r: r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
         )
-        path, tokens, size = copy / "summary.json", 40_541_000, VAL_BYTES - 12
+        path, tokens, size = copy / "summary.json", 62_022_000, VAL_BYTES - 12
         for name in ("ema", "artifact", "artifact_sliding"):  # the last line goes on to the end of a longer text
             summary = json.loads(path.read_text())
             score = summary["scores"][name]
@@ -744,12 +790,15 @@ def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path:
             lines[-1][2], lines[-1][5] = tokens, lines[-1][5] + size - header["bytes"]
             relink(path, file, {**header, "tokens": tokens, "bytes": size}, lines)
         canonical_runs.append(copy)
+    config = read_config(canonical_runs[0])
+    wide = replace(SeedRun.read(canonical_runs[0]), config=config.model_copy(update={"vocab_size": 8192}))
+    assert "1.6885 nats a token for a bit a byte, wanted 2.5831 or 2.1884 of 8192" in submission._contradiction(wide)
     facts = gathered(canonical_runs)
     about = submission_json(facts)
     assert facts.record
     assert (about["track"], about["declared"], about["hardware"]) == ("10min_16mb", [], "8x H100 80GB HBM3")
     log = seed_log(facts, facts.seeds[0], SeedRun.read(canonical_runs[1]))
-    assert log.count("tokens:40541000 bytes:151080879") == 3
+    assert log.count("tokens:62022000 bytes:151080879") == 3
 
 
 def test_counts_and_stamps() -> None:
