@@ -333,7 +333,9 @@ def parse(arguments: list[str]) -> Namespace:
         read.__name__ = f"{kind.__name__} of {low:g} to {high:g}"  # argparse puts it into its message
         return read
 
-    parser = ArgumentParser("quantize.py", description=__doc__.split("\n")[0])
+    alone = find_spec("gpt.submission") is None  # in train_gpt.py, which does not hand in
+    about = __doc__.split("\n")[0]
+    parser = ArgumentParser("quantize.py", description=about.partition(", hands")[0] + "." if alone else about)
     commands = parser.add_subparsers(required=True)
     machine = ArgumentParser(add_help=False)
     machine.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -413,7 +415,7 @@ def parse(arguments: list[str]) -> Namespace:
     command.add_argument("--data-path", type=Path, help="folder of the run's shards, where it was moved")
     command.add_argument("--tokenizer-path", type=Path, help="the run's tokenizer, where it was moved")
     command.add_argument("--kernels", default="auto", help="reference, compiled, ..., with overrides by op")
-    if find_spec("gpt.submission") is None:
+    if alone:
         return parser.parse_args(arguments)  # train_gpt.py does not carry what follows
 
     command = commands.add_parser("submission", help="a folder to hand in, from finished runs of three seeds or more")

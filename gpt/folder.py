@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpt.config import ARTIFACT_LIMIT, MACHINE, Config, build_config
-from gpt.submission import TTT, Facts, Seed, SeedRun, SubmissionError, spelled
+from gpt.submission import DECLARATIONS, TTT, Facts, Seed, SeedRun, SubmissionError, spelled
 
 LABELS = {
     "ema": "pre-quantization post-ema",
@@ -132,10 +134,10 @@ def seed_log(facts: Facts, seed: Seed, run: SeedRun) -> str:
             )
     lines += [
         f"stopped step:{seed.steps}/{config.iterations} train_time:{1e3 * seed.train_seconds:.0f}ms "
-        f"calibration_time:{1e3 * seed.calibration_seconds:.0f}ms",
+        f"calibration_time:{1e3 * seed.calibration_seconds:.0f}ms step_avg:{seed.step_ms:.3f}ms",
         f"Code size: {len(facts.code)} bytes",
-        f"Serialized model int6+brotli: {seed.model_bytes} bytes",
-        f"Total submission size int6+brotli: {seed.total_bytes} bytes",
+        f"Serialized model int6+rans: {seed.model_bytes} bytes",
+        f"Total submission size int6+rans: {seed.total_bytes} bytes",
         f"Artifact sha256: {seed.sha256}",
     ]
     lines += [
@@ -147,9 +149,11 @@ def seed_log(facts: Facts, seed: Seed, run: SeedRun) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme(facts: Facts, artifacts: bool) -> str:
+def readme(facts: Facts, artifacts: bool, given: Mapping[str, str] | None = None) -> str:
+    """given: the settings to show; those of the configuration where it is left out."""
     score, environment = facts.score, facts.environment
-    chosen = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings(facts.config).items())
+    given = settings(facts.config) if given is None else given
+    chosen = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
     ranks = environment["world_size"]
     launcher = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     count = len(facts.seeds)
@@ -230,6 +234,115 @@ def results(facts: Facts) -> str:
     if len(facts.seeds) > 1:
         lines += [["mean", *over(facts.mean)], ["std", *over(facts.std)]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def facts_told(about: Mapping[str, Any], logs: Mapping[int, str], code: bytes, code_sha256: str) -> Facts:
+    """The facts again, of a folder's logs by seed; words and declarations are those of its submission.json, `about`.
+
+    All but the configuration, which stands in the logs but is the sample's here. Raises ValueError where a log is not
+    one that seed_log writes.
+    """
+    read = {seed: _told_by(seed, text) for seed, text in sorted(logs.items())}
+    declared = about.get("declared")
+    if not isinstance(declared, list) or not set(map(str, declared)) <= DECLARATIONS.keys():
+        raise ValueError(f"declared {declared!r}, wanted some of {', '.join(DECLARATIONS)}")
+    handed_in = about.get("score")
+    handed_in = str(handed_in.get("name")) if isinstance(handed_in, dict) else ""
+    headline = _unlabelled(handed_in)
+    for seed, (one, _) in read.items():
+        if missing := {headline, "ema"} - one.scores.keys():
+            raise ValueError(f"log of {seed}: no score {' or '.join(map(label, sorted(missing)))}")
+    scored = [
+        replace(one, val_bpb=one.scores[headline]["bpb"], val_loss=one.scores[headline]["nats_per_token"])
+        for one, _ in read.values()
+    ]
+    environments = [environment for _, environment in read.values()]
+    return Facts(
+        **{name: str(about.get(name)) for name in ("name", "author", "github_id", "blurb")},
+        date=max(environment["started"] for environment in environments)[:10],
+        declared=tuple(map(str, declared)),
+        headline=headline,
+        seeds=tuple(scored),
+        config=build_config(preset="sample"),
+        environment=environments[0],
+        code=code,
+        code_sha256=code_sha256,
+    )
+
+
+def _unlabelled(name: str) -> str:
+    """A score's own name, by that of the logs."""
+    if name.startswith("quantized_ttt_"):
+        return TTT + name.removeprefix("quantized_ttt_")
+    return next((own for own, label in LABELS.items() if label == name), name)
+
+
+def _told_by(seed: int, text: str) -> tuple[Seed, dict[str, Any]]:
+    """Figures and environment of a seed's log. Raises ValueError."""
+
+    def one(pattern: str) -> tuple[str, ...]:
+        found = [match.groups("") for match in re.finditer(f"^{pattern}$", text, re.M)]
+        if len(found) != 1:
+            raise ValueError(f"log of {seed}: {len(found)} lines such as {pattern!r}, wanted one")
+        return found[0]
+
+    steps, trained, calibrated, average = one(
+        r"stopped step:(\d{1,9})/\d{1,9} train_time:(\d{1,9})ms calibration_time:(\d{1,9})ms"
+        r"(?: step_avg:(\d{1,9}\.\d{3})ms)?"
+    )
+    scores = {}
+    for name, loss, bpb, *counts, ttt in re.findall(
+        r"^(\w[\w -]{0,99}) val_loss:(\d{1,9}\.\d{8}) val_bpb:(\d{1,9}\.\d{8}) tokens:(\d{1,15}) bytes:(\d{1,15}) "
+        r"context:(\d{1,9}) stride:(\d{1,9}) eval_time:(\d{1,9})ms(?: ttt:(\S+))?$",
+        text,
+        re.M,
+    ):
+        tokens, size, context, stride, milliseconds = map(int, counts)
+        form, *pairs = ttt.split(",")
+        scores[_unlabelled(name)] = {
+            "nats_per_token": float(loss),
+            "bpb": float(bpb),
+            "tokens": tokens,
+            "bytes": size,
+            "context": context,
+            "stride": stride,
+            "seconds": milliseconds / 1e3,
+            "form": form,
+            "settings": {key: value for key, _, value in (pair.partition("=") for pair in pairs)},
+        }
+    count, device = one(r"  hardware: (\d{1,6})x (.*)")
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("  python: ")), 0)
+    end = next((i for i, line in enumerate(lines) if line.startswith("  git_commit: ")), 0)
+    versions = dict(line.strip().split(": ", 1) for line in lines[start:end] if ": " in line)
+    python, cuda, commit = (one(rf"  {name}: (.*)")[0] for name in ("python", "cuda", "git_commit"))
+    environment = {
+        "started": one(r"started (\d{4}-\d\d-\d\dT\S{1,20})")[0],
+        "device": device,
+        "world_size": int(count),
+        "python": python,
+        "cuda": None if cuda == "None" else cuda,
+        "git_commit": None if commit == "None" else commit,
+        "packages": {"torch": "none", **versions},
+    }
+    seconds = int(trained) / 1e3
+    found = Seed(
+        seed=seed,
+        run=one(r"run (\S{1,200}), written from its records by quantize.py submission")[0],
+        val_bpb=0.0,
+        val_loss=0.0,
+        scores=scores,
+        steps=int(steps),
+        train_seconds=seconds,
+        calibration_seconds=int(calibrated) / 1e3,
+        eval_seconds=round(sum(s["seconds"] for name, s in scores.items() if name.startswith("artifact")), 3),
+        step_ms=float(average) if average else 1e3 * seconds / max(int(steps), 1),
+        model_bytes=int(one(r"Serialized model \S{1,20}: (\d{1,15}) bytes")[0]),
+        total_bytes=int(one(r"Total submission size \S{1,20}: (\d{1,15}) bytes")[0]),
+        sha256=one(r"Artifact sha256: (\S{64})")[0],
+        adapted=None,
+    )
+    return found, environment
 
 
 def model_name(seed: int) -> str:

@@ -94,7 +94,7 @@ def read_config(path: Path) -> Config:
     """The configuration of the run at `path`. Raises RecordError where that is not a run's folder."""
     try:
         return Config(**json.loads((path / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is not a run's folder: {error}") from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpt import artifact, bundle
-from gpt.config import ARTIFACT_LIMIT
-from gpt.ledger import FIXED, VAL_BYTES, VAL_TOKENS, LedgerError, audit_record, canonical
+from gpt.config import ARTIFACT_LIMIT, MACHINE
+from gpt.folder import facts_told, readme, submission_json
+from gpt.ledger import FIXED, TAIL_TOKENS, VAL_BYTES, VAL_TOKENS, LedgerError, audit_record, canonical
 from gpt.submission import (
     COMPLIANCE,
     DECLARATIONS,
     FEWEST_SEEDS,
+    NATS_PER_BIT,
     SECONDS_LIMIT,
     known_of,
     leaking,
@@ -40,12 +43,15 @@ STEP = re.compile(r"^(?:step:)?\d+/\d+ ", re.M)
 OWN_TO_A_SEED = re.compile(
     r"(?:^|_)(?:seed|run|id|log|logfile|path|dir|files?|time|rank|port|memory|command)(?:_|$)|warmup_step$|^https?$|^W\d"
 )
-PRE_QUANT_TTT = re.compile(
-    r"^.*(?:pre[-_ ]?quant[-_ ]?ttt|ttt_adamw|ttt_adapt)\S*.*(?:epoch|loss|val_bpb)\D*\d.*$", re.I | re.M
-)
+# Signs of training before quantising, and behind them on the same line what it reports. Searched for one after the
+# other, as everything here is that reads whole logs, so that no line takes more than its length.
+PRE_QUANT_TTT = re.compile(r"pre[-_ ]?quant[-_ ]?ttt|ttt_adamw|ttt_adapt", re.I)
+REPORTED = re.compile(r"epoch|loss|val_bpb", re.I)
 # The same as a setting, and a score behind it, which is fair where the setting says that training rows were held out.
-ON_VALIDATION = re.compile(r"(?:^\s*pre_quant[:=] ?|\bPRE_QUANT=|--pre[-_]quant[ =])['\"]?validation\b", re.M)
-FINE_TUNED = re.compile(r"^\S*pre[-_]?quant(?![a-z])\S* val_(?:loss|bpb)\b.*$", re.I | re.M)
+ON_VALIDATION = re.compile(r"(?:^[ \t]*pre_quant[:=] ?|\bPRE_QUANT=|--pre[-_]quant[ =])['\"]?validation\b", re.M)
+FINE_TUNED = re.compile(r"pre[-_]?quant(?![a-z])", re.I)
+SCORED = re.compile(r"quant|int\d|final|ttt")  # in the first word of a score's name
+LOG_BYTES, TEXT_BYTES, LINE = 1 << 24, 1 << 20, 4096  # that are read of a log and of other texts; characters of a line
 
 
 @dataclass(frozen=True)
@@ -99,18 +105,29 @@ class Log:
 
     @property
     def code_bytes(self) -> set[int]:
-        return {int(size) for size in self.figures(r"Code size[^:\n]*: ?(\d+)")}
+        return {int(size) for size in self.figures(r"Code size[^:\n]{0,60}: ?(\d{1,15})")}
 
     @property
     def model_bytes(self) -> int | None:
-        found = self.last(r"Serialized model \S[^:\n]*: ?(\d+) bytes")
+        found = self.last(r"Serialized model \S[^:\n]{0,60}: ?(\d{1,15}) bytes")
         return int(found) if found else None
 
     @property
     def scores(self) -> dict[str, str]:
         """val_bpb of each named score after training; the last figure where one is named twice."""
-        pattern = r"^(?!step:|\d+/)([\w-]*(?:quant|int\d|final|ttt)[\w -]*?) val_loss.*?val_bpb[:=] ?(\d+\.\d+)"
-        return {match[1]: match[2] for match in re.finditer(pattern, self.text, re.M)}
+        return {name: bpb for name, _, bpb in self.named}
+
+    @property
+    def named(self) -> list[tuple[str, str | None, str]]:
+        """Name, val_loss and val_bpb of each of them."""
+        found = []
+        for line in self.text.splitlines():
+            name, there, rest = line.partition(" val_loss")
+            scored = there and re.fullmatch(r"[\w-][\w -]*", name) and SCORED.search(name.partition(" ")[0])
+            if scored and (bpb := re.search(r"val_bpb[:=] ?(\d+\.\d+)", rest)):
+                loss = re.match(r"[:=] ?(\d+\.\d+)", rest)
+                found.append((name, loss[1] if loss else None, bpb[1]))
+        return found
 
     @property
     def bpbs(self) -> list[str]:
@@ -118,7 +135,7 @@ class Log:
 
     @property
     def train_ms(self) -> float | None:
-        found = self.figures(r"train_time: ?([\d.]+)ms")
+        found = self.figures(r"train_time: ?(\d+(?:\.\d+)?)ms")
         return max(map(float, found)) if found else None
 
     @property
@@ -133,6 +150,8 @@ class Log:
         for line in before.splitlines():
             whole = re.match(r"\s+(\w+): (.*)", line)
             pairs = [(whole[1], whole[2])] if whole else re.findall(r"(?<![\w:/])([A-Za-z_]\w*):([^\s:]\S*)", line)
+            # "name: part=value" tells of a part, and is no setting's value.
+            pairs = [(name, value) for name, value in pairs if not re.match(r"[A-Za-z_]\w*=", value)]
             settings |= {name: value for name, value in pairs if not OWN_TO_A_SEED.search(name)}
         return settings
 
@@ -192,7 +211,8 @@ class Folder:
         about: Any = {}
         if "submission.json" in names:
             try:
-                about = json.loads((path / "submission.json").read_bytes())
+                about = json.loads(read_text(path / "submission.json"))
+                leaking(about)  # how deep it is
                 found.row("submission.json", isinstance(about, dict), type(about).__name__, "an object")
             except (ValueError, RecursionError) as error:
                 found.row("submission.json", False, error, "JSON")
@@ -201,12 +221,12 @@ class Folder:
         declared = about.get("declared", [])
         return cls(
             path=path,
-            code=(path / "train_gpt.py").read_bytes() if "train_gpt.py" in names else None,
+            code=read_bytes(path / "train_gpt.py", 2 * ARTIFACT_LIMIT) if "train_gpt.py" in names else None,
             about=about,
             results=results,
             declared=[str(kind) for kind in declared] if isinstance(declared, list) else [],
             logs=find_logs(path, results),
-            readme=(path / "README.md").read_text(errors="replace") if "README.md" in names else "",
+            readme=read_text(path / "README.md") if "README.md" in names else "",
         )
 
 
@@ -219,13 +239,33 @@ def seed_results(about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {}
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file, or where it has more bytes than `most` its beginning and its end."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if size <= most:
+            return file.read(most)
+        start = file.read(most // 2)
+        file.seek(size - most // 2)
+        return start + b"\n" + file.read(most // 2)
+
+
+def read_text(path: Path, most: int = TEXT_BYTES) -> str:
+    """As read_bytes; longer lines than LINE are broken."""
+    text = read_bytes(path, most).decode(errors="replace").replace("\r\n", "\n")
+    return re.sub(rf"([^\n]{{{LINE}}})(?=[^\n])", r"\1\n", text)
+
+
 def find_logs(folder: Path, results: Iterable[str]) -> dict[str, Log]:
     """The log of each seed: the one that has it as its setting, else in its name."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".log", ".txt") and path.is_file())
-    logs = [Log(path.relative_to(folder).as_posix(), path.read_text(errors="replace")) for path in files]
+    inner = {path.parent for path in folder.glob("*/submission.json")}  # submissions of their own
+    files = [path for places in ("*", "*/*") for path in folder.glob(places) if path.parent not in inner]
+    files = sorted(path for path in files if path.suffix in (".log", ".txt") and path.is_file())
+    logs = [Log(path.relative_to(folder).as_posix(), read_text(path, LOG_BYTES)) for path in files]
     chosen: dict[str, Log] = {}
     for log in logs:
-        seed = log.last(r"^\s*seed: ?(\d+)\s*$")
+        seed = log.last(r"^[ \t]*seed: ?(\d{1,19})[ \t]*$")
         if seed is None:
             named = [seed for seed in results if re.search(rf"(?<!\d){re.escape(seed)}(?!\d)", log.name)]
             seed = named[0] if len(named) == 1 else None
@@ -242,7 +282,10 @@ def review(path: Path) -> Review:
     folder = Folder.read(path, found)
     absent = [name for name in FIELDS if folder.about.get(name) in (None, "")]
     found.row("fields", not absent, f"no {', '.join(absent)}" if absent else "all", ", ".join(FIELDS))
-    checks = (_program, _seeds, _sizes, _artifacts, _figures, _ledgers, _settings, _validation, _times, _leaks)
+    checks = (
+        *(_program, _seeds, _sizes, _artifacts, _configurations, _figures, _own_figures),
+        *(_ledgers, _settings, _validation, _ratios, _times, _leaks),
+    )
     for check in (*checks, _declared):
         check(found, folder)
     return found
@@ -291,7 +334,8 @@ def _seeds(found: Review, folder: Folder) -> None:
     right = set(results) == set(seeds) if results else None
     found.row("results of each seed", right, ", ".join(results) or "none", named)
     files = ", ".join(log.name for log in logs.values())
-    found.row("log of each seed", set(seeds) <= set(logs) and bool(logs), files or "none", named)
+    right = (set(seeds) <= set(logs) if seeds else None) if logs else False
+    found.row("log of each seed", right, files or "none", named)
     if len(logs) > 1:
         settings = [log.settings for log in logs.values()]
         common = set.intersection(*(set(one) for one in settings))
@@ -366,6 +410,30 @@ def _artifacts(found: Review, folder: Folder) -> None:
     found.row("scores of seeds differ", not alike if known else None, said, f"more than {SAME_BPB} apart")
 
 
+def _configurations(found: Review, folder: Folder) -> None:
+    """What each of our artifacts says of itself, against its seed's log and the settings of the JSON."""
+    files = {digest(path): path for path in models(folder.path) if path.suffix == ".pga"}
+    listed = folder.about.get("settings")
+    chosen = {str(name).lower(): str(value) for name, value in listed.items()} if isinstance(listed, dict) else {}
+    for seed, result in folder.results.items():
+        path = files.get(str(result.get("artifact_sha256")))
+        if path is None:
+            continue
+        try:
+            config = artifact.load(path).config
+        except (artifact.ArtifactError, OSError) as error:
+            found.row(f"configuration of {seed}", False, error, "an artifact")
+            continue
+        own = {name: str(value) for name, value in config.model_dump(mode="json", exclude=MACHINE).items()}
+        logged = folder.logs[seed].settings if seed in folder.logs else {}
+        for what, told in (("JSON", {"seed": seed, **chosen}), ("log", logged)):
+            both = sorted(own.keys() & told.keys())
+            wrong = [name for name in both if plain(told[name]) != plain(own[name])]
+            said = ", ".join(f"{name} {told[name]}" for name in wrong) or f"{len(both)} compared"
+            wanted = ", ".join(f"{name} {own[name]}" for name in wrong) or f"those of {path.name}"
+            found.row(f"configuration of {seed}, {what}", not wrong if both else None, said, wanted)
+
+
 def _same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether all scores of the artifact, given to six decimals or more, are the same but for rounding."""
     after = [
@@ -435,6 +503,68 @@ def _figures(found: Review, folder: Folder) -> None:
         found.row(f"val_bpb in README's {what}", same, ", ".join(figures) or "none", bpb)
 
 
+def _own_figures(found: Review, folder: Folder) -> None:
+    """A folder that quantize.py submission wrote: every field and every cell again, from its logs."""
+    about, logs = folder.about, folder.logs
+    if "train_gpt_sha256" not in about or folder.code is None:
+        return
+    try:
+        if missing := sorted(folder.results.keys() - logs.keys()):
+            raise ValueError(f"no log of {', '.join(missing)}")
+        if not folder.results:
+            raise ValueError("no results of any seed")
+        carried = hashlib.sha256(bundle.unwrapped(folder.code) or b"").hexdigest()
+        texts = {int(seed): logs[seed].text for seed in folder.results}
+        facts = facts_told(about, texts, folder.code, carried)
+        wanted = submission_json(facts)
+    except ValueError as error:
+        found.row("figures from the logs", False, error, "logs as quantize.py submission writes them")
+        return
+    given = about.get("settings")
+    given = {str(name): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
+    del wanted["settings"]  # compared with logs and artifacts on their own
+    seeds = {str(seed.seed): seed for seed in facts.seeds}
+    results = wanted.pop("seed_results")
+    wrong = {name: value for name, value in wanted.items() if about.get(name, "none") != value}
+    said = "; ".join(f"{name} {about.get(name, 'none')}" for name in wrong) or f"{len(wanted)} fields"
+    told_by = "; ".join(f"{name} {value}" for name, value in wrong.items()) or "what the logs say"
+    found.row("figures, JSON", not wrong, said, told_by)
+    for name, result in results.items():
+        own, seed = folder.results.get(name, {}), seeds[name]
+        # Logs have whole milliseconds.
+        loose = {"eval_time_s": 1e-3 * len(seed.scores), "step_avg_ms": 1e-3 + 1 / max(seed.steps, 1)}
+        wrong = {
+            what: value for what, value in result.items() if not _alike(own.get(what), value, loose.get(what, 1e-9))
+        }
+        said = "; ".join(f"{what} {own.get(what, 'none')}" for what in wrong) or f"{len(result)} fields"
+        told_by = "; ".join(f"{what} {value}" for what, value in wrong.items()) or "what the log says"
+        found.row(f"figures of {name}, JSON", not wrong, said, told_by)
+    lines = set(folder.readme.splitlines())
+    ours = dict.fromkeys(line for kept in (True, False) for line in readme(facts, kept, given).splitlines())
+    gone = [line for line in ours if re.search(r"\d", line) and line not in lines and not line.startswith("They ")]
+    heads = [line for line in ours if line.startswith("| seed |")]
+    cells = [said for line in gone if line.startswith("| ") for said in _cells(heads[0], line, lines)]
+    rest = [line.strip() for line in gone if not line.startswith("| ")]
+    said = "; ".join(f"{what} {one}" for what, one, _ in cells) or "each cell"
+    found.row("table of README", not cells, said, "; ".join(f"{what} {one}" for what, _, one in cells) or "of the logs")
+    found.row("lines of README", not rest, f"{len(rest)} not there" if rest else "each", "; ".join(rest))
+
+
+def _alike(one: Any, other: Any, within: float) -> bool:
+    if isinstance(other, str) or isinstance(one, bool) or not isinstance(one, int | float):
+        return bool(one == other)
+    return abs(one - other) <= within
+
+
+def _cells(head: str, line: str, lines: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Cells of a table's line that README has otherwise: name, what it has, what was wanted."""
+    names, wanted = ([cell.strip() for cell in text.split("|")[1:-1]] for text in (head, line))
+    rows = [[cell.strip() for cell in text.split("|")[1:-1]] for text in lines if text.startswith("|")]
+    found = next((row for row in rows if row[:1] == wanted[:1]), [])
+    found += ["none"] * (len(wanted) - len(found))
+    return [(f"{wanted[0]}, {n}", a, b) for n, a, b in zip(names, found, wanted, strict=False) if a != b]
+
+
 def _ledgers(found: Review, folder: Folder) -> None:
     """Records of scores with test-time training: the audit of each, and whether its figures are those of the JSON."""
     score = folder.about.get("score")
@@ -485,17 +615,49 @@ def _settings(found: Review, folder: Folder) -> None:
 def _validation(found: Review, folder: Folder) -> None:
     """Tokens and bytes scored: FineWeb's."""
     tokens, size = number(folder.about, "val_tokens"), number(folder.about, "val_bytes")
-    pattern = r"(?:val_loader:.* tokens:|val_tokens: ?)(\d+)"
+    pattern = r"(?:val_loader:.{0,999} tokens:|val_tokens: ?)(\d{1,15})"
     counts = {int(count) for log in folder.logs.values() for count in log.figures(pattern)}
     counts |= {int(tokens)} if tokens is not None else set()
     right = all(canonical(count, None if size is None else int(size)) for count in counts) if counts else None
     said = ", ".join(f"{count:,} tokens" for count in sorted(counts)) + (f", {size:,} bytes" if size else "")
     wanted = f"{VAL_TOKENS['sp8192']:,} at sp8192 or the field's count for another tokenizer; {VAL_BYTES:,} bytes"
     found.row("validation", right, said or "not said", wanted, "non-canonical" in folder.declared)
-    scored = {text for log in folder.logs.values() for text in log.figures(r"val_bpb:\S+ (tokens:\d+ bytes:\d+)")}
+    scored = {text for log in folder.logs.values() for text in log.figures(r"val_bpb:\S{1,30} (tokens:\d+ bytes:\d+)")}
     if scored and tokens is not None:
         said = f"tokens:{tokens} bytes:{size}"
         found.row("validation, logs", scored == {said}, "; ".join(sorted(scored)), said)
+
+
+def _ratios(found: Review, folder: Folder) -> None:
+    """Nats a token over bits a byte: ln 2 times the bytes of a token, which the text and its tokens have settled."""
+    about = folder.about
+    tokens, size = number(about, "val_tokens"), number(about, "val_bytes")
+    counts = {int(n) for log in folder.logs.values() for n in log.figures(r"(?:tokens:|val_tokens: ?)(\d{1,15})$")}
+    counts |= {int(tokens)} if tokens else set()
+    wanted: tuple[float, ...]
+    if tokens and size:
+        wanted, sure, within = (math.log(2) * size / tokens,), True, 1e-6
+    else:
+        texts = [name for name, count in VAL_TOKENS.items() if any(0 <= n - count < TAIL_TOKENS for n in counts)]
+        wanted, sure = tuple(NATS_PER_BIT[name] for name in texts), bool(texts)
+        wanted, within = wanted or tuple(NATS_PER_BIT.values()), 1e-4  # four digits, and the end of the text
+    records = [about, *folder.results.values()]
+    stated = [(number(one, "val_loss"), number(one, "val_bpb")) for one in records]
+    logged = [(loss, bpb) for log in folder.logs.values() for _, loss, bpb in log.named]
+    for what, pairs in (("JSON", [(repr(a), repr(b)) for a, b in stated if a and b]), ("logs", logged)):
+        known = [(a, b) for a, b in pairs if a is not None and float(a) > 0 and float(b) > 0]
+        wrong = [(a, b) for a, b in known if not any(_is_ratio(a, b, one, within) for one in wanted)]
+        right = None if not known or (wrong and not sure) else not wrong
+        said = ", ".join(dict.fromkeys(f"{float(a) / float(b):.4f}" for a, b in wrong or known)) or "not said"
+        spelt = " or ".join(dict.fromkeys(f"{one:.4f}" for one in wanted))
+        found.row(f"val_loss / val_bpb, {what}", right, said, f"{spelt}, ln 2 times bytes a token")
+
+
+def _is_ratio(one: str, other: str, wanted: float, within: float) -> bool:
+    """Whether two figures, each rounded, have this ratio."""
+    ratio = float(one) / float(other)
+    rounded = sum(0.5001 * 10.0 ** -decimals(text) / float(text) for text in (one, other))
+    return abs(ratio - wanted) <= within + rounded * ratio
 
 
 def _times(found: Review, folder: Folder) -> None:
@@ -539,10 +701,18 @@ def _leaks(found: Review, folder: Folder) -> None:
 
 def _trained_before(text: str) -> str | None:
     """The line of a log that says that the model was trained on validation before it was quantised and scored."""
-    if match := ON_VALIDATION.search(text) or PRE_QUANT_TTT.search(text):
+    if match := ON_VALIDATION.search(text):
         return match[0]
-    match = FINE_TUNED.search(text)
-    return match[0] if match and not re.search(r"^\s*pre_quant: ?train\s*$", text, re.M) else None
+    held_out = re.search(r"^[ \t]*pre_quant: ?train[ \t]*$", text, re.M)
+    for line in text.splitlines():
+        sign = PRE_QUANT_TTT.search(line)
+        told = sign and REPORTED.search(line, sign.end())
+        if told and re.search(r"\d", line[told.end() :]):
+            return line
+        scored = re.match(r"(\S+) val_(?:loss|bpb)\b", line)
+        if scored and not held_out and FINE_TUNED.search(scored[1]):
+            return line
+    return None
 
 
 def _declared(found: Review, folder: Folder) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,39 @@ import torch
 
 from gpt import artifact, bundle
 from gpt.config import ARTIFACT_LIMIT, MACHINE, ROOT, Config, ConfigError
-from gpt.ledger import FIXED, VAL_BYTES, VAL_TOKENS, LedgerError, audit_record, base_name, canonical, ledger_of
+from gpt.ledger import (
+    CLAIM,
+    COUNT,
+    FIXED,
+    MOST,
+    NUMBER,
+    SHA256,
+    TEXT,
+    VAL_BYTES,
+    VAL_TOKENS,
+    Kind,
+    LedgerError,
+    audit_record,
+    base_name,
+    canonical,
+    ledger_of,
+)
 from gpt.record import RecordError, read_config
 from gpt.ttt import parse_form
 from kernels import select
 
 SECONDS_LIMIT = 600  # of training with calibration, and again of scoring
 FEWEST_SEEDS = 3
+EARLY_SECONDS, LATE_SECONDS = 1.0, 30.0  # by which a run's last logged step and its end may seem to be apart
+# Nats a token of a bit a byte there, ln 2 times the bytes of a token.
+NATS_PER_BIT = {
+    "sp1024": 1.6885,
+    "sp4096": 2.3010,
+    "sp8192": 2.5831,
+    "sp8192, long rows": 2.5831,
+    "sp8192 CaseOps": 2.1884,
+    "bytes": 0.6929,
+}
 TTT = "artifact_ttt_"  # and a form: a score with test-time training, among a run's
 
 # What a submission may own up to, and the words that then stand wherever its score does.
@@ -51,6 +78,97 @@ class SubmissionError(RecordError):
     """Runs cannot be handed in together; the message says what was found and what was wanted."""
 
 
+# What the records of a run hold, as far as it is handed in.
+WHOLE: Kind = lambda x: type(x) is int and 0 <= x <= MOST, f"a whole number of 0 to {MOST}"
+DATE: Kind = lambda x: isinstance(x, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+Z", x)), "YYYY-MM-DDTHH:MM:SSZ"
+
+
+def _or_null(kind: Kind) -> Kind:
+    right, name = kind
+    return lambda x: x is None or right(x), f"{name} or null"
+
+
+def _versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_or_null(TEXT)[0], value.values())) and TEXT[0](value.get("torch"))
+
+
+ENVIRONMENT: dict[str, Kind] = {
+    "started": DATE,
+    "python": TEXT,
+    "packages": (_versions, "versions by name, torch's among them"),
+    "device": TEXT,
+    "cuda": _or_null(TEXT),
+    "world_size": COUNT,
+}
+SUMMARY: dict[str, Kind] = {
+    "run": TEXT,
+    "fingerprint": TEXT,
+    "steps": WHOLE,
+    "seconds": NUMBER,
+    "pre_quant_seconds": NUMBER,
+    "calibration_seconds": NUMBER,
+    "ms_per_step": _or_null(NUMBER),
+    "depth": (lambda x: isinstance(x, list) and all(map(WHOLE[0], x)), "the layers in their order"),
+    "scores": (
+        lambda x: isinstance(x, dict) and "ema" in x and any(name.startswith("artifact") for name in x),
+        "scores by name, ema and artifact among them",
+    ),
+    "artifact": (lambda x: isinstance(x, dict) and SHA256[0](x.get("sha256")), "an object with its sha256"),
+}
+TRAINED: dict[str, Kind] = {
+    "step": WHOLE,
+    "train_loss": NUMBER,
+    "gradient_norm": NUMBER,
+    "lr_factor": NUMBER,
+    "layers": COUNT,
+    "elapsed": NUMBER,
+    "ms_per_step": _or_null(NUMBER),
+}
+VALIDATED: dict[str, Kind] = {"step": WHOLE, "val_loss": NUMBER, "val_bpb": NUMBER}
+SKIPPED: dict[str, Kind] = {"step": WHOLE, "skipped": TEXT}
+
+
+def _kinds_of(entry: Any) -> dict[str, Kind]:
+    """Of a line of metrics.jsonl."""
+    named = entry if isinstance(entry, dict) else {}
+    return VALIDATED if "val_loss" in named else SKIPPED if "skipped" in named else TRAINED
+
+
+def _expect(what: str, found: Any, wanted: Mapping[str, Kind]) -> None:
+    """Raises RecordError unless it is an object with these entries, each of its kind."""
+    if not isinstance(found, dict):
+        raise RecordError(f"{what}: {json.dumps(found)[:80]}, wanted an object")
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise RecordError(f"{what}: no {', '.join(missing)}")
+    for name, (right, kind) in wanted.items():
+        if not right(found[name]):
+            raise RecordError(f"{what}: {name} {json.dumps(found[name])[:80]}, wanted {kind}")
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise RecordError(str(error)) from None
+
+
+def _json(what: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{what}: {error}; wanted JSON") from None
+
+
+def _record(file: Path, wanted: Mapping[str, Kind]) -> dict[str, Any]:
+    found: dict[str, Any] = _json(str(file), _bytes(file))
+    _expect(str(file), found, wanted)
+    return found
+
+
+def _lines(file: Path) -> list[Any]:
+    return [_json(f"{file}, line {number}", line) for number, line in enumerate(_bytes(file).splitlines(), 1)]
+
+
 @dataclass(frozen=True)
 class SeedRun:
     """A finished run's records."""
@@ -71,22 +189,25 @@ class SeedRun:
 
     @classmethod
     def read(cls, path: Path) -> SeedRun:
-        """Raises RecordError where `path` is no run's folder, SubmissionError where the run is not finished."""
+        """Raises RecordError where `path` is no run's folder or one of its records is not what a run writes.
+
+        Of the kind of SubmissionError where the run is not finished.
+        """
         config = read_config(path)
-
-        def lines(name: str) -> list[dict[str, Any]]:
-            file = path / name
-            return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-        try:
-            environment = json.loads((path / "environment.json").read_text())
-            if not (path / "summary.json").exists():
-                raise SubmissionError(f"{path} is not finished: no summary.json; train.py --resume {path}")
-            summary = json.loads((path / "summary.json").read_text())
-            model = (path / "model.pga").read_bytes()
-            return cls(path, config, environment, lines("resumed.jsonl"), summary, lines("metrics.jsonl"), model)
-        except (OSError, json.JSONDecodeError) as error:
-            raise RecordError(f"{path}: {error}") from None
+        if not (path / "summary.json").exists():
+            raise SubmissionError(f"{path} is not finished: no summary.json; train.py --resume {path}")
+        environment = _record(path / "environment.json", ENVIRONMENT)
+        summary = _record(path / "summary.json", SUMMARY)
+        for name, score in summary["scores"].items():
+            _expect(f"{path}/summary.json: score {name!r}", score, CLAIM)
+        resumed = path / "resumed.jsonl"
+        again = _lines(resumed) if resumed.exists() else []
+        for number, entry in enumerate(again, 1):
+            _expect(f"{resumed}, line {number}", entry, {"started": ENVIRONMENT["started"]})
+        metrics = _lines(path / "metrics.jsonl")
+        for number, entry in enumerate(metrics, 1):
+            _expect(f"{path}/metrics.jsonl, line {number}", entry, _kinds_of(entry))
+        return cls(path, config, environment, again, summary, metrics, _bytes(path / "model.pga"))
 
 
 @dataclass(frozen=True)
@@ -207,6 +328,12 @@ def known_of(model: bytes) -> dict[str, Any]:
     return {"artifact": found.sha256, "base": base_name(weights), "leaking": found.config.leaking}
 
 
+@lru_cache(maxsize=8)
+def configuration_of(model: bytes) -> Config:
+    """An artifact's own configuration. Raises ArtifactError."""
+    return artifact.parse(model).config
+
+
 def gather(
     paths: Sequence[Path],
     *,
@@ -232,10 +359,11 @@ def gather(
     if scores and not refused:
         runs = with_scores(runs, scores)
     code, code_sha256 = bundle.build(root), bundle.code_sha256(root)
+    refused += [reason for run in runs if (reason := _contradiction(run))]
     refused += _refusals(runs, len(code))
     undeclared = _declarable(runs, code_sha256)
-    if not refused and "other-code" not in undeclared:
-        refused += _mixed_up(runs)
+    if not refused:
+        refused += _mixed_up(runs, "other-code" not in undeclared)
     refused += [
         f"{reason} (--declare {kind} hands it in with a stamp)"
         for kind, reason in undeclared.items()
@@ -243,7 +371,9 @@ def gather(
     ]
     unfounded = sorted(set(declared) - undeclared.keys())
     refused += [f"--declare {kind}: the records say nothing of the kind" for kind in unfounded]
-    if figures := re.findall(r"\d\.\d{3,}", f"{name} {blurb}"):
+    words = {"name": name, "blurb": blurb, "author": author, "GitHub ID": github_id}
+    refused += [f"{what} {text!r}: wanted one line of text" for what, text in words.items() if not text.isprintable()]
+    if figures := re.findall(r"\d[.,]\d{2,}", f"{name} {blurb}"):
         refused.append(f"{', '.join(figures)} in name or blurb: figures come from the records alone")
     if refused:
         raise SubmissionError("\n  ".join(["cannot be handed in:", *refused]) if len(refused) > 1 else refused[0])
@@ -406,6 +536,42 @@ def _unproven(run: SeedRun, record: Path) -> str:
     return ""
 
 
+def _contradiction(run: SeedRun) -> str:
+    """What summary.json says of steps and seconds that metrics.jsonl does not bear out; empty where they agree."""
+    summary, every = run.summary, run.config.train_log_every
+    steps, seconds, step_ms = summary["steps"], summary["seconds"], summary["ms_per_step"]
+    names = f"{run.path}/summary.json and metrics.jsonl"
+    last = max((entry["step"] for entry in run.metrics), default=None)
+    if last is None:
+        return f"{names}: {steps} steps, but no line of any"
+    # Validation follows the last step; without it a line may be missing for fewer steps than are logged together.
+    latest = last if run.config.val_loss_every else last + max(every, 1) - 1
+    if not last <= steps <= latest:
+        return f"{names}: {steps} steps, but the last line is of step {last}"
+    # A line has the seconds at which its step was launched, on average over the ranks.
+    trained = [entry for entry in run.metrics if "elapsed" in entry]
+    launched = trained[-1]["elapsed"] if trained else 0.0
+    longest = LATE_SECONDS + 2 * launched * steps / max(trained[-1]["step"] - 1, 1) if trained else MOST
+    if not launched - EARLY_SECONDS <= seconds <= longest:
+        return f"{names}: {seconds} seconds, but the last line was written after {launched}"
+    if steps and (step_ms is None or abs(steps * step_ms - 1e3 * seconds) > 1 + 1e-3 * steps):
+        return f"{run.path}/summary.json: {steps} steps of {step_ms} ms are not {seconds} seconds"
+    for name, score in summary["scores"].items():
+        tokens, size = score["tokens"], score["bytes"]
+        ratio = score["nats_per_token"] / score["bpb"] if score["bpb"] else 0.0
+        if abs(ratio - math.log(2) * size / tokens) > 1e-6 * ratio:
+            return (
+                f"{run.path}/summary.json: {name}: {ratio:.6f} nats a token for a bit a byte, not of {size} / {tokens}"
+            )
+        named = [known for text, known in NATS_PER_BIT.items() if re.match(rf"sp{run.config.vocab_size}\b", text)]
+        if named and canonical(tokens, size) and all(abs(ratio - known) > 2e-4 for known in named):
+            return (
+                f"{run.path}/summary.json: {name}: {ratio:.4f} nats a token for a bit a byte, wanted "
+                f"{' or '.join(f'{known:.4f}' for known in dict.fromkeys(named))} of {run.config.vocab_size} tokens"
+            )
+    return ""
+
+
 def _refusals(runs: Sequence[SeedRun], code_bytes: int) -> list[str]:
     """What no declaration helps against."""
     first = runs[0]
@@ -450,15 +616,19 @@ def _text(run: SeedRun) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _mixed_up(runs: Sequence[SeedRun]) -> list[str]:
-    """Parts of a run's folder that are of another run; to be asked only where the code is that of the runs."""
+def _mixed_up(runs: Sequence[SeedRun], same_code: bool) -> list[str]:
+    """Parts of a run's folder that are of another run.
+
+    What an artifact says of its own configuration is compared whatever code wrote it; the name that other code gave to
+    that configuration says nothing here.
+    """
     reasons = []
     for run in runs:
-        fingerprint = run.config.fingerprint()
-        if run.summary["fingerprint"] != fingerprint:
+        if same_code and run.summary["fingerprint"] != run.config.fingerprint():
             reasons.append(f"{run.path}/summary.json is of another configuration than config.json")
-        if artifact.parse(run.model).config.fingerprint() != fingerprint:
-            reasons.append(f"{run.path}/model.pga is of another configuration than config.json")
+        own, told = (c.model_dump(mode="json", exclude=MACHINE) for c in (configuration_of(run.model), run.config))
+        if changed := [f"{name} {own[name]}, {told[name]}" for name in own if own[name] != told[name]]:
+            reasons.append(f"{run.path}/model.pga is of another configuration than config.json: {'; '.join(changed)}")
     return reasons
 
 

@@ -8,7 +8,9 @@ import re
 import shlex
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,14 @@ from gpt.folder import seed_log, settings, submission_json
 from gpt.ledger import VAL_BYTES, audit_record, canonical, read, seal
 from gpt.record import RecordError, read_config
 from gpt.submission import Facts, SeedRun, SubmissionError, gather, leaking
-from tests.test_bundle import sample_data, script, small_run
+from tests.test_bundle import run_script, sample_data, script, small_run
 from tests.test_ledger import relink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gathered(paths: Sequence[Path], **settings: Any) -> Facts:
-    return gather(paths, author="A. Person", github_id="person", **settings)
+    return gather(paths, **{"author": "A. Person", "github_id": "person", **settings})
 
 
 OPTIONS = ("--author", "A. Person", "--github-id", "person", "--declare", "non-canonical")
@@ -104,7 +106,7 @@ def test_the_folder_is_what_the_field_expects(handed_in: Path, runs: list[Path])
         for text in (
             f"\n  seed: {seed}\n",
             f"Code size: {len(code)} bytes",
-            f"Total submission size int6+brotli: {result['artifact_bytes']} bytes",
+            f"Total submission size int6+rans: {result['artifact_bytes']} bytes",
             f"quantized_sliding_window val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} tokens:2000 ",
             "step:4/4 train_loss:",
             "step:2/4 val_loss:",
@@ -225,6 +227,13 @@ def leaking_artifact(folder: Path) -> None:
         (edited("README.md", "PRESET=", "PRE_QUANT=validation PRESET="), {"training before scoring"}),
         (edited("submission.json", '"PRESET"', '"PRE_QUANT": "validation", "PRESET"'), {"training before scoring"}),
         (leaking_artifact, {"training before scoring"}),
+        (
+            lambda folder: [
+                edited(log.name, r"  matrix_lr: \S+", "  matrix_lr: 0.5")(folder) for log in folder.glob("*.log")
+            ],
+            {"configuration of 7, log", "configuration of 42, log", "configuration of 1000, log"},
+        ),
+        (edited("submission.json", '"PRESET"', '"MATRIX_LR": "0.5", "PRESET"'), {"configuration of 42, JSON"}),
         (edited("train_seed7.log", "code_sha256: .", "code_sha256: x"), {"code of the runs"}),
         (edited("submission.json", '"no_slot": true', '"no_slot": false'), {"compliance"}),
         (edited("submission.json", r'\[\s+"non-canonical"\s+\]', '["non-canonical", "leaking"]'), {"declared"}),
@@ -239,6 +248,74 @@ def test_the_check_sees(doctor: Callable[[Path], None], failing: set[str], hande
     assert found.failed
     assert failing <= {row.name for row in found.rows if row.verdict == "FAIL"}
     assert all(row.name in found.table() for row in found.rows)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "failing"),
+    [
+        (r'("7": \{\s+"val_loss": )\d', r"\g<1>9", "figures of 7, JSON"),
+        *(
+            (rf'("{name}": )\d+(\.\d+)?,', r"\g<1>77,", "figures of 7, JSON")
+            for name in ("steps", "step_avg_ms", "train_time_s", "calibration_time_s")
+        ),
+        (r'("eval_time_s": )\d+(\.\d+)?', r"\g<1>77", "figures of 7, JSON"),
+        (r'("val_bpb": .*\n *"pre_quant_val_bpb": )\d([\d.]+,\n *"artifact_b)', r"\g<1>9\2", "figures of 7, JSON"),
+        (r'("pre_quant_val_bpb": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("val_loss": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("val_loss_std": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("stride": )\d', r"\g<1>9", "figures, JSON"),
+        (r'("date": ")\d', r"\g<1>1", "figures, JSON"),
+        (r'("stamps": \[\s+")NON', r"\1", "figures, JSON"),
+        (r'("hardware": ")1', r"\g<1>8", "figures, JSON"),
+        (r'("pytorch_version": ")\d', r"\g<1>9", "figures, JSON"),
+        (r'("cuda_version": ).*', r'\1"13.0",', "figures, JSON"),
+        (r'("git_commit": ).*', r'\1"none",', "figures, JSON"),
+        (r'("canonical_validation": )false', r"\1true", "figures, JSON"),
+    ],
+)
+def test_the_check_compares_each_field(old: str, new: str, failing: str, handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "doctored"
+    shutil.copytree(handed_in, folder, ignore=shutil.ignore_patterns("*.pga"))
+    edited("submission.json", old, new)(folder)
+    assert failing in {row.name for row in review.review(folder).rows if row.verdict == "FAIL"}
+
+
+def test_the_check_compares_each_cell(handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "doctored"
+    shutil.copytree(handed_in, folder, ignore=shutil.ignore_patterns("*.pga"))
+    text = (folder / "README.md").read_text()
+
+    def failing(changed: str) -> set[str]:
+        (folder / "README.md").write_text(changed)
+        return {row.name for row in review.review(folder).rows if row.verdict == "FAIL"}
+
+    assert not failing(f"{text}\n## Words of the author's\n\n1.5 times as fast as 1 year ago.\n")
+    cells = [
+        match for line in ("7", "42", "mean", "std") for match in re.finditer(rf"^\| {line} \|(.*)\|$", text, re.M)
+    ]
+    places = [cells[0].start(1) + match.start() for match in re.finditer(r"(?<![\d.,])\d", cells[0][1])]
+    places += [row.start(1) + next(re.finditer(r"\d", row[1])).start() for row in cells[1:]]
+    for place in places:
+        digit = "7" if text[place] != "7" else "3"
+        assert "table of README" in failing(text[:place] + digit + text[place + 1 :])
+    for old, new in ((r"^torch \d", "torch 9"), ("context 32", "context 64"), ("SEED=7", "SEED=8")):
+        assert "lines of README" in failing(re.sub(old, new, text, flags=re.M))
+    # The other way round: a log that says something else.
+    (folder / "README.md").write_text(text)
+    log = (folder / "train_seed7.log").read_text()
+    for old, new in (
+        (r"stopped step:4", "stopped step:5"),
+        (r"(stopped .* train_time:)", r"\g<1>1"),
+        (r"(quantized .* val_bpb:)\d", r"\g<1>9"),
+        (r"(quantized .* eval_time:)", r"\g<1>9"),
+        (r"(Total submission size .*: )", r"\g<1>1"),
+        (r"(quantized_sliding_window .* context:)", r"\g<1>1"),
+        (r"started ", "started at "),
+    ):
+        changed = re.sub(old, new, log)
+        assert changed != log
+        (folder / "train_seed7.log").write_text(changed)
+        assert review.review(folder).failed
 
 
 def test_fine_tuning_on_held_out_rows_is_no_leak(handed_in: Path, tmp_path: Path) -> None:
@@ -263,7 +340,8 @@ def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
             f"val_loader:shards pattern=x tokens:40540160\n1/20000 train_loss: 9.0 train_time: 0.0m\n"
             f"stopping_early: wallclock_cap train_time: 588138ms step: 4988/20000\nCode size: {size} bytes\n"
             f"Serialized model quantized+brotli: {total - size} bytes\n"
-            f"Total submission size quantized+brotli: {total} bytes\nlegal_ttt_exact val_loss:2.79 val_bpb:{bpb:.8f}\n"
+            f"Total submission size quantized+brotli: {total} bytes\n"
+            f"legal_ttt_exact val_loss:{2.5831 * bpb:.8f} val_bpb:{bpb:.8f}\n"
         )
     mean = statistics.fmean(bpb for bpb, _ in seeds.values())
     about = {
@@ -281,6 +359,34 @@ def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
     assert {name for name, verdict in found.items() if verdict == "FAIL"} == {"number of seeds"}
     assert found["settings in README"] == found["one configuration, logs"] == found["validation"] == "ok"
     assert found["code bytes, JSON"] == found["scoring, s"] == "unknown"
+    assert found["val_loss / val_bpb, logs"] == "ok"
+    log = tmp_path / "train_seed1.log"
+    text = log.read_text()
+
+    def verdict(row: str, changed: str) -> str:
+        log.write_text(changed)
+        return {one.name: one.verdict for one in review.review(tmp_path).rows}[row]
+
+    # The field's sp1024 ratio; another's where the log does not say of what text.
+    loss = f"val_loss:{1.6885 * seeds['1'][0]:.8f}"
+    other = re.sub(r"val_loss:\S+", loss, text)
+    assert verdict("val_loss / val_bpb, logs", other) == "FAIL"
+    other = re.sub(r"val_loss:\S+", "val_loss:2.50000000", text).replace("40540160", "40640160")
+    (tmp_path / "train_seed2.log").rename(tmp_path / "away")
+    assert verdict("val_loss / val_bpb, logs", other) == "unknown"
+    (tmp_path / "away").rename(tmp_path / "train_seed2.log")
+    # Parts of what a line tells of are no settings.
+    assert verdict("settings in README", text.replace("1/20000", "matrix_lr:active=1 x=2\n1/20000")) == "ok"
+    log.write_text(text)
+    # A submission inside is its own.
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "submission.json").write_text("{}")
+    log.rename(inner / log.name)
+    rows = {row.name: row for row in review.review(tmp_path).rows}
+    assert (rows["log of each seed"].verdict, rows["log of each seed"].found) == ("FAIL", "train_seed2.log")
+    (inner / log.name).rename(log)
+    shutil.rmtree(inner)
     # Whatever stands in the JSON: rows, no traceback.
     values: list[Any] = [None, "x", "(", [], [{}], {"1": None}, {"(": {}}, True, -1e9, 1e300, math.nan]
     for value in values:
@@ -301,6 +407,21 @@ def test_the_check_of_a_foreign_folder(tmp_path: Path) -> None:
         }
         (tmp_path / "submission.json").write_text(json.dumps({**about, "seeds": changed}))
         assert review.review(tmp_path).table()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["ttt_adapt", "ttt_adaptloss", "quant val_loss", "pre_quant", "Code size", "Serialized model x", "\n", " val_bpb:"],
+)
+def test_no_log_keeps_the_check_busy(line: str, handed_in: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "busy"
+    shutil.copytree(handed_in, folder, ignore=shutil.ignore_patterns("*.pga"))
+    log = folder / "train_seed7.log"
+    log.write_text(log.read_text() + line * (200_000 // len(line)))
+    (folder / "submission.json").write_text("[" * 900 + "]" * 900) if line == "\n" else None
+    start = time.process_time()
+    review.review(folder)
+    assert time.process_time() - start < 5
 
 
 def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +471,16 @@ def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypat
     edited_config = changed(second, "config.json", lambda r: r.update(seed=8))
     assert "model.pga is of another configuration" in refusal(first, edited_config, third)
 
+    # Whatever code made it, and whatever its summary calls it.
+    own = ("few-seeds", "non-canonical", "other-code")
+    for change in ({"matrix_lr": 0.5, "seed": 8}, {"seed": 8}):
+        alone = changed(second)
+        (alone / "config.json").write_text(json.dumps(json.loads((second / "config.json").read_text()) | change))
+        for file, entry in (("environment.json", "code_sha256"), ("summary.json", "fingerprint")):
+            record = json.loads((alone / file).read_text()) | {entry: "0" * 64}
+            (alone / file).write_text(json.dumps(seal(record) if "seal" in record else record))
+        assert "model.pga is of another configuration than config.json: " in refusal(alone, declared=own)
+
     assert "--declare few-seeds" in refusal(first, second)
     assert "scored 2,000 tokens" in refusal(*runs, declared=())
     stamped = changed(second, "environment.json", lambda r: r.update(leaking=True))
@@ -364,11 +495,83 @@ def test_what_is_refused(runs: list[Path], leak: Path, tmp_path: Path, monkeypat
         *runs, declared=("non-canonical", "leaking")
     )
     assert "wanted one of few-seeds" in refusal(*runs, declared=("nothing",))
-    assert "1.0527 in name or blurb" in refusal(*runs, name="1.0527 at last")
+    for figure in ("1.0527", "1,05", "0.99"):
+        assert f"{figure} in name or blurb" in refusal(*runs, name=f"{figure} at last")
+    for where in ("name", "blurb", "author", "github_id"):
+        words: dict[str, Any] = {where: "x\n# y"}
+        assert "'x\\n# y': wanted one line of text" in refusal(*runs, **words)
     every = refusal(leak, declared=())
     assert all(f"(--declare {kind}" in every for kind in ("few-seeds", "leaking", "non-canonical"))
     monkeypatch.setattr(submission, "ARTIFACT_LIMIT", 100_000)
     assert re.search(r"bytes of model and [\d,]+ of code are [\d,]+, wanted at most 100,000", refusal(*runs))
+
+
+def test_summary_and_metrics_agree(runs: list[Path], tmp_path: Path) -> None:
+    number = iter(range(100))
+
+    def refusal(change: dict[str, Any], metrics: Callable[[str], str] = str) -> str:
+        run = doctored(runs[0], tmp_path / str(next(number)), "summary.json", lambda r: r.update(change))
+        (run / "metrics.jsonl").write_text(metrics((run / "metrics.jsonl").read_text()))
+        with pytest.raises(SubmissionError) as error:
+            gathered([run], declared=("few-seeds", "non-canonical"))
+        return str(error.value)
+
+    metrics = "summary.json and metrics.jsonl"
+    assert f"{metrics}: 99999 steps, but the last line is of step 4" in refusal({"steps": 99999})
+    assert f"{metrics}: 3 steps, but the last line is of step 4" in refusal({"steps": 3})
+    slow = json.dumps({"elapsed": 601.0})[1:-1]
+    said = refusal({"seconds": 1.0}, lambda text: re.sub(r'"elapsed": [\d.]+', slow, text))
+    assert f"{metrics}: 1.0 seconds, but the last line was written after 601.0" in said
+    assert f"{metrics}: 590.0 seconds, but the last line" in refusal({"seconds": 590.0})
+    assert "4 steps of 0.01 ms are not" in refusal({"ms_per_step": 0.01})
+    assert f"{metrics}: 4 steps, but no line of any" in refusal({}, lambda text: "")
+
+
+def test_damaged_records_are_named(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with the file, what was found and what was wanted."""
+    run = doctored(runs[0], tmp_path)
+
+    def without(file: str, *names: str) -> list[tuple[str, bytes, str]]:
+        record = json.loads((run / file).read_text())
+        texts = [json.dumps({key: value for key, value in record.items() if key != name}) for name in names]
+        return [(file, text.encode(), f"no {name}") for text, name in zip(texts, names, strict=True)]
+
+    def changed(file: str, name: str, value: Any) -> tuple[str, bytes, str]:
+        record = json.loads((run / file).read_text()) | {name: value}
+        return file, json.dumps(record).encode(), f"{name} {json.dumps(value)}, wanted "
+
+    cases = [
+        *without("environment.json", "packages", "device", "world_size", "cuda", "started", "python"),
+        *without("summary.json", "steps", "seconds", "ms_per_step", "calibration_seconds", "depth", "fingerprint"),
+        *without("summary.json", "artifact", "pre_quant_seconds", "run", "scores"),
+        changed("environment.json", "device", None),
+        changed("environment.json", "packages", {"numpy": "2"}),
+        changed("summary.json", "steps", "many"),
+        changed("summary.json", "steps", True),
+        changed("summary.json", "scores", {"ema": {}}),
+        ("summary.json", b'{"scores": 1}', "no artifact"),
+        ("metrics.jsonl", b'{"step": 1}\n', "line 1: no elapsed"),
+        ("metrics.jsonl", b'{"step": 1, "val_loss": "x", "val_bpb": 1.0}\n', 'val_loss "x", wanted a number'),
+        ("metrics.jsonl", b"{", "line 1: Expecting"),
+        ("resumed.jsonl", b"{}", "line 1: no started"),
+    ]
+    for file in ("config.json", "environment.json", "summary.json", "metrics.jsonl", "resumed.jsonl"):
+        cases += [(file, b"[1]", ""), (file, b"\xff\xfe", ""), (file, b"[" * 100_000, "")]
+    for file, text, said in cases:
+        before = (run / file).read_bytes() if (run / file).exists() else None
+        (run / file).write_bytes(text)
+        assert hand_in(run, "--out", tmp_path / "out", *OPTIONS) == 2
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert printed.count("\n") == 1
+        assert str(run) in printed
+        assert file in printed or file == "config.json"
+        (run / file).unlink() if before is None else (run / file).write_bytes(before)
+    for file in ("environment.json", "metrics.jsonl", "model.pga"):
+        (run / file).rename(tmp_path / "away")
+        assert hand_in(run, "--out", tmp_path / "out", *OPTIONS) == 2
+        assert str(run / file) in capsys.readouterr().err
+        (tmp_path / "away").rename(run / file)
 
 
 def test_what_is_declared_is_stamped(leak: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -575,7 +778,7 @@ def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path:
         copy = doctored(
             run, tmp_path, "environment.json", lambda r: r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
         )
-        path, tokens, size = copy / "summary.json", 40_541_000, VAL_BYTES - 12
+        path, tokens, size = copy / "summary.json", 62_022_000, VAL_BYTES - 12
         for name in ("ema", "artifact", "artifact_sliding"):  # the last line goes on to the end of a longer text
             summary = json.loads(path.read_text())
             score = summary["scores"][name]
@@ -587,12 +790,15 @@ def test_a_record_needs_the_field_s_machine_and_text(runs: list[Path], tmp_path:
             lines[-1][2], lines[-1][5] = tokens, lines[-1][5] + size - header["bytes"]
             relink(path, file, {**header, "tokens": tokens, "bytes": size}, lines)
         canonical_runs.append(copy)
+    config = read_config(canonical_runs[0])
+    wide = replace(SeedRun.read(canonical_runs[0]), config=config.model_copy(update={"vocab_size": 8192}))
+    assert "1.6885 nats a token for a bit a byte, wanted 2.5831 or 2.1884 of 8192" in submission._contradiction(wide)
     facts = gathered(canonical_runs)
     about = submission_json(facts)
     assert facts.record
     assert (about["track"], about["declared"], about["hardware"]) == ("10min_16mb", [], "8x H100 80GB HBM3")
     log = seed_log(facts, facts.seeds[0], SeedRun.read(canonical_runs[1]))
-    assert log.count("tokens:40541000 bytes:151080879") == 3
+    assert log.count("tokens:62022000 bytes:151080879") == 3
 
 
 def test_counts_and_stamps() -> None:
@@ -610,6 +816,10 @@ def test_the_file_alone_does_not_hand_in(tmp_path: Path) -> None:
     assert not {"gpt/submission.py", "gpt/folder.py", "gpt/review.py"} & set(
         bundle.source_files(script(tmp_path).read_bytes()) or ()
     )
+    said = run_script(tmp_path / "train_gpt.py", "quantize", "--help").stdout
+    assert "makes another one from a finished run." in " ".join(said.split())
+    assert "submission" not in said
+    assert "hand" not in said
 
 
 def test_the_main_readme_s_commands_are_understood() -> None:
