@@ -27,6 +27,8 @@ from gpt.gptq import INPUTS, Quantised
 from kernels import select
 from tests.tiny import CPU, random_tokens, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHA = "ab" * 32
 
 
@@ -284,7 +286,7 @@ def frugal(seconds: float = 2.0) -> Iterator[None]:
     resource = pytest.importorskip("resource")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (96 << 20), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (192 << 20), before[1]))
     begin = time.process_time()
     try:
         yield
@@ -351,7 +353,7 @@ def content(read: artifact.Artifact) -> list[Any]:
     return [read.config, read.depth, read.header.tokenizer_sha256, tensors]
 
 
-def test_ten_thousand_mutations(one_thread: None) -> None:
+def test_ten_thousand_mutations() -> None:
     """As they are: refused, or of the same content. Of each also under a checksum that is right: refused, or a model
     like any other. Nothing else is raised; memory and time are bounded."""
     config = tiny_config(model_dim=8, num_heads=1, num_kv_heads=1, vocab_size=16, num_layers=2, mlp_mult=1)
