@@ -296,6 +296,7 @@ def write_submission(arguments: Namespace, ranks: Ranks) -> None:
         blurb=arguments.blurb,
         declared=arguments.declare,
         scores=arguments.scores,
+        form=arguments.form,
     )
     write(arguments.out, arguments.runs, facts, arguments.artifacts)
     print(f"{arguments.out}: val_bpb {facts.val_bpb:.5f}, {facts.total_bytes:,} bytes with code")
@@ -431,6 +432,7 @@ def parse(arguments: list[str]) -> Namespace:
         metavar="FILE",
         help="hand in test-time training: what score --ttt --json wrote, one file for each run",
     )
+    command.add_argument("--form", default="", help="of --scores that hold several: the one to hand in")
     command.add_argument("--author", required=True)
     command.add_argument("--github-id", required=True)
     command.add_argument("--name", default="", help="of the entry; default: made from the configuration")

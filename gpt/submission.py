@@ -343,11 +343,13 @@ def gather(
     blurb: str = "",
     declared: Sequence[str] = (),
     scores: Sequence[Path] = (),
+    form: str = "",
     root: Path = ROOT,
 ) -> Facts:
     """The facts of a submission of these runs with the program under `root`.
 
-    scores: records of scores with test-time training, one of each run's artifact.
+    scores: records of scores with test-time training, one of each run's artifact; form: the one of them that is handed
+    in, where they hold several.
 
     Raises SubmissionError, naming every reason, where they cannot be handed in together; before that, where the runs'
     own records pass the audit, if one of scores cannot be used.
@@ -361,6 +363,7 @@ def gather(
     code, code_sha256 = bundle.build(root), bundle.code_sha256(root)
     refused += [reason for run in runs if (reason := _contradiction(run))]
     refused += _refusals(runs, len(code))
+    refused += _choice(runs, form)
     undeclared = _declarable(runs, code_sha256)
     if not refused:
         refused += _mixed_up(runs, "other-code" not in undeclared)
@@ -378,7 +381,7 @@ def gather(
     if refused:
         raise SubmissionError("\n  ".join(["cannot be handed in:", *refused]) if len(refused) > 1 else refused[0])
 
-    headline = _headline(runs)
+    headline = _headline(runs, form)
     method = "GPTQ int6"
     method += f", score-first TTT ({headline.removeprefix(TTT)})" if headline.startswith(TTT) else ""
     config = runs[0].config
@@ -401,16 +404,24 @@ def gather(
     )
 
 
-def _headline(runs: Sequence[SeedRun]) -> str:
-    """Of scores with test-time training that of the lowest mean BPB; without any, the artifact's last score.
+def _headline(runs: Sequence[SeedRun], form: str = "") -> str:
+    """The score with test-time training of that form, or the only one; without any, the artifact's last score.
 
     That one comes from a costlier way of scoring than those before it.
     """
-    scores = [run.summary["scores"] for run in runs]
-    adapted = [name for name in scores[0] if name.startswith(TTT)]
-    if adapted:
-        return min(adapted, key=lambda name: statistics.fmean(each[name]["bpb"] for each in scores))
-    return [name for name in scores[0] if name.startswith("artifact")][-1]
+    scores = runs[0].summary["scores"]
+    adapted = [name for name in scores if name.startswith(TTT) and form in ("", name.removeprefix(TTT))]
+    return adapted[0] if adapted else [name for name in scores if name.startswith("artifact")][-1]
+
+
+def _choice(runs: Sequence[SeedRun], form: str) -> list[str]:
+    """Why it is not known which score is handed in. Not the best of several: that would choose by the scored text."""
+    forms = [name.removeprefix(TTT) for name in runs[0].summary["scores"] if name.startswith(TTT)]
+    if form and form not in forms:
+        return [f"--form {form}: the records have {', '.join(forms) or 'no score with test-time training'}"]
+    if not form and len(forms) > 1:
+        return [f"scores with {', '.join(forms)}: wanted --form with the one that is handed in, chosen beforehand"]
+    return []
 
 
 def _seed(run: SeedRun, headline: str, code_bytes: int) -> Seed:
