@@ -128,10 +128,10 @@ class Trainer:
                 part.lap("optimizer")
             parts[str(len(depth))] = part.ms  # of the last one
         self.run.write_json("parts.json", parts)
-        self._reserve(calibration_estimate(self.model, depth, tokens, self.ranks, config))
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters(), weights, strict=True):
                 parameter.copy_(saved)
+        self._reserve(calibration_estimate(self.model, depth, tokens, self.ranks, config))
         self.optimizer.reset()
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()

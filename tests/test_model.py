@@ -60,7 +60,7 @@ def random_model(config: Config, ops: Ops, seed: int = 0) -> GPT:
 def test_seed_has_its_parameters_and_builds_quickly(ops: Ops) -> None:
     begin = time.process_time()
     model = GPT(build_config(preset="seed"), ops).initialise(1337)
-    assert time.process_time() - begin < 10
+    assert time.process_time() - begin < 30
     assert sum(p.numel() for p in model.parameters()) == 35_941_976
     assert model.tok_emb.std().item() == pytest.approx(0.005, rel=0.01)
     q, o = model.qo_bank.detach().split(11)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -163,7 +163,7 @@ def test_row_norm_feeds_newton_schulz_rows_of_one_length() -> None:
     for row_norm in (False, True):
         config = build_config(**TINY, muon_row_norm=row_norm)
         model = tiny_model(config)
-        model.ops = cast(Any, SimpleNamespace(**{**vars(model.ops), "newton_schulz": spy}))
+        model.ops = replace(model.ops, newton_schulz=spy)
         optimizer = Optimizer(model, config, ALONE)
         backward(model, 1)
         optimizer.step(0, 1.0)

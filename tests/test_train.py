@@ -202,7 +202,7 @@ def test_a_run_is_audited_and_shown(whole: tuple[Path, str], data: Path) -> None
     done = quantize("audit", run)  # against the shards that its configuration names
     assert done.returncode == 0, done.stderr
     assert "artifact_sliding: fair. 1 versions of the weights, 0 tokens trained some" in done.stdout
-    assert "ema: NOT PROVEN, weights not at hand" in done.stdout
+    assert "ema: consistent; of weights before quantising" in done.stdout
     assert f"shards    {data}: the ones that were scored" in done.stdout
     page = (run / "report.html").read_text()
     scores = json.loads((run / "summary.json").read_text())["scores"]
