@@ -11,7 +11,7 @@ on the same tokens. `plain` is the straightforward implementation beside each, o
 once more: eager ops, 32 windows at a time, logits of every position, the host waiting for each loss; for `document` its
 whole matrices made for every piece. Both have run on the first part of them, a step of training included, before they
 are timed. There is no speed where the two disagree by more than 0.3% of the nats (bf16; in float32 tests/test_score.py
-and tests/test_ttt.py compare to 1e-6).
+compares to 1e-6, in float64 tests/test_ttt.py to 1e-6 nats a token).
 
 The projection is for 40,540,160 tokens on 8 GPUs, from what was measured on one, compiling not counted:
 
@@ -19,9 +19,10 @@ The projection is for 40,540,160 tokens on 8 GPUs, from what was measured on one
     chunk       that, and 40,540,160 / 32,768 chunks * 3 epochs * (a step of 2 rows + its all-reduce). A step: chunks of
                 4,096 tokens in steps of 2 rows, less the seconds of sliding over the same text, by the number of steps.
                 All-reduce: 2 * 7/8 * 4 bytes of every weight at 100 GB/s, an assumption, not a measurement
-    document    at most 40,540,160 / 64 pieces * (seconds of a piece whose window is full) / 8, as if no window of any
-                document were shorter than the context. A full piece: documents of 1 1/4 contexts, less those of one, by
-                the number of pieces between. Beside it `as_measured_s`: the seconds of the tokens at hand, scaled
+    document    40,540,160 / 64 pieces * (seconds of a piece whose window is full) / 8, as if no window of any document
+                were shorter than the context: an estimate, since documents end in pieces that are not whole, and
+                batches do not stay full. A full piece: documents of 1 1/4 contexts, less those of one, by the number
+                of pieces between. Beside it `as_measured_s`: the seconds of the tokens at hand, scaled
 
 Writes bench/results/scoring-<gpu>.json after each part: seconds, tokens/s, nats per token, BPB, FLOPs of products and
 attention; in a form's row its gain and projection; and a row `judged` for each figure that something is asked of. A
@@ -379,7 +380,7 @@ class Bench:
             seconds.append(self.score(unmeasured(lines.flatten()), form).seconds)
         piece = (seconds[1] - seconds[0]) / (form.documents * more)
         self.project(
-            row, FINEWEB / form.tokens * piece / GPUS, "fineweb / piece_tokens * full_piece_s / gpus, an upper bound",
+            row, FINEWEB / form.tokens * piece / GPUS, "fineweb / piece_tokens * full_piece_s / gpus, an estimate",
             piece_tokens=form.tokens, full_piece_s=piece,
             as_measured_s=row["seconds"] * FINEWEB / row["tokens"] / GPUS,
         )  # fmt: skip

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB, CONTEXT = 64, 16
 FORMS = preflight.scoring_forms(CONTEXT)
+TIGHT = 1e-6  # nats of a token, in float64; the log of both is float32
 ADAPTING = {name: form for name, form in FORMS.items() if not form.isdigit()}
 
 
@@ -92,7 +93,7 @@ def test_a_document_starts_clean(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_bpb_from_the_log_of_tokens(name: str) -> None:
-    """Sums in plain Python, bytes from the piece table by the rule of docs of BPB, not from the code under test."""
+    """Sums in plain Python, bytes from the piece table by the rule that defines BPB, not by the code under test."""
     model, depth = made()
     tokens = random_tokens(150, VOCAB)
     log = preflight.logs(model, depth, FORMS[name], CONTEXT, ALONE)(tokens).tolist()
@@ -144,10 +145,10 @@ def test_it_learns_and_gives_the_weights_back(name: str) -> None:
 
 def test_chunks_are_their_definition() -> None:
     """SGD as torch has it, by hand: score a chunk in windows, then three epochs on its rows."""
-    model, depth = made()
+    model, depth = made(dtype=torch.float64)
     tokens, lr = random_tokens(110, VOCAB), 0.05
     found = run("chunk,tokens=48,rows=2,epochs=3,lr=0.05,clip=0.5", tokens, model, depth)
-    reference = tiny_model(tiny_config())
+    reference = tiny_model(tiny_config(), torch.float64)
     optimizer = torch.optim.SGD(reference.parameters(), lr, momentum=0.9)
     wanted: list[Tensor] = []
     rotary = reference.rotary(CONTEXT)
@@ -165,14 +166,14 @@ def test_chunks_are_their_definition() -> None:
                 reference(part[:, :-1], part[:, 1:], depth, rotary).backward()
                 torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
                 optimizer.step()
-    assert torch.allclose(found.log, torch.cat(wanted), atol=1e-4)
+    assert torch.allclose(found.log, torch.cat(wanted), rtol=0, atol=TIGHT)
     trainings = [line for line in found.ledger.lines if line[0] == "train"]
     assert [(line[1], line[2]) for line in trainings] == [(0, 48), (48, 96)]
 
 
 def test_document_adapters_are_their_definition() -> None:
     """One document alone, its adapter applied to the weights of a whole model, gradient by torch."""
-    model, depth = made()
+    model, depth = made(dtype=torch.float64)
     tokens = torch.cat((torch.tensor([BOS]), random_tokens(60, VOCAB)[1:39].clamp_min(4)))
     form = "document,tokens=8,rank=3,lr=0.02,scale=2,beta1=0.5,beta2=0.9"
     found = run(form, tokens, model, depth)
@@ -181,7 +182,7 @@ def test_document_adapters_are_their_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     layers = 3
     shapes = {"kv_bank": (0, 3), "qo_bank": (3, 6), "mlp_up_bank": (0, 3), "mlp_down_bank": (0, 3)}
-    reference = tiny_model(tiny_config(document_mask=False)).requires_grad_(False)
+    reference = tiny_model(tiny_config(document_mask=False), torch.float64).requires_grad_(False)
     base = {name: reference.get_parameter(name).clone() for name in shapes}
     pairs = {}
     for name, (begin, end) in shapes.items():
@@ -200,7 +201,7 @@ def test_document_adapters_are_their_definition() -> None:
             delattr(reference, name)
             setattr(reference, name, whole)
         losses = reference.losses(row[None], tokens[None, start + 1 : end + 1], depth, reference.rotary(row.numel()))[0]
-        assert torch.allclose(found.log[start:end], losses.detach(), atol=1e-4)
+        assert torch.allclose(found.log[start:end], losses.detach().float(), rtol=0, atol=TIGHT)
         if piece < 4:
             optimizer.zero_grad()
             losses.mean().backward()
