@@ -15,10 +15,10 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import brotli
 import numpy as np
@@ -49,6 +49,7 @@ MAX_TOKENS = 1 << 20  # of a row
 MAX_BATCH = 1 << 24  # tokens
 MAX_DEPTH = 1 << 10  # virtual layers
 
+Read = TypeVar("Read")
 Kind = Literal["int6", "int8", "float16", "float32"]
 DTYPES: dict[Kind, str] = {"int6": "<i1", "int8": "<i1", "float16": "<f2", "float32": "<f4"}
 Size = Annotated[int, Field(ge=0, le=MAX_BYTES)]
@@ -261,8 +262,8 @@ def _read_stream(data: bytes, size: int, entries: Sequence[TensorEntry]) -> dict
     return tensors
 
 
-def parse(data: bytes) -> Artifact:
-    """An artifact from a file's bytes. Raises ArtifactError where they are anything else."""
+def _open(data: bytes) -> tuple[Header, int]:
+    """The header of a whole file's bytes, and where its streams begin. Raises ArtifactError."""
     smallest = PREFIX.size + DIGEST
     _want(len(data) >= smallest, f"{len(data)} bytes, wanted an artifact of at least {smallest}")
     magic, version, header_bytes, payload_bytes = PREFIX.unpack_from(data)
@@ -280,7 +281,17 @@ def parse(data: bytes) -> Artifact:
     stored = sum(stream.bytes for stream in header.streams)
     _want(stored == payload_bytes, f"streams of {stored} bytes, wanted the {payload_bytes} of the payload")
     _check_table(header, len(data))
+    return header, begin
 
+
+def configuration(data: bytes) -> Config:
+    """That of an artifact's bytes, whole by their checksum; no weights are decoded. Raises ArtifactError."""
+    return _open(data)[0].config
+
+
+def parse(data: bytes) -> Artifact:
+    """An artifact from a file's bytes. Raises ArtifactError where they are anything else."""
+    header, begin = _open(data)
     read: dict[str, Tensor] = {}
     for number, stream in enumerate(header.streams):
         entries = [entry for entry in header.tensors if entry.stream == number]
@@ -302,23 +313,26 @@ def parse(data: bytes) -> Artifact:
 def beside(record: Path, named: str | None = None) -> dict[str, Any]:
     """What `ledger.audit_record` wants to know of the model.pga beside a record: SHA-256 and stamp.
 
-    Nothing where there is no such file or, with `named`, where it is not the artifact of that SHA-256. Raises
-    ArtifactError where it is damaged.
+    Nothing where there is no such file or, with `named`, where it is not the artifact of that SHA-256. No weights are
+    decoded. Raises ArtifactError where it is damaged.
     """
     path = record.with_name("model.pga")
     if not path.is_file():
         return {}
-    found = load(path)
-    return {"artifact": found.sha256, "leaking": found.config.leaking} if named in (None, found.sha256) else {}
+    sha256, config = _of_file(path, lambda data: (hashlib.sha256(data).hexdigest(), configuration(data)))
+    return {"artifact": sha256, "leaking": config.leaking} if named in (None, sha256) else {}
 
 
 def load(path: str | Path) -> Artifact:
     """An artifact from a file. Raises ArtifactError where the file is missing, damaged or anything else."""
-    path = Path(path)
+    return _of_file(Path(path), parse)
+
+
+def _of_file(path: Path, read: Callable[[bytes], Read]) -> Read:
     try:
         size = path.stat().st_size
         _want(size <= MAX_BYTES, f"{size} bytes, wanted at most {MAX_BYTES}")
-        return parse(path.read_bytes())
+        return read(path.read_bytes())
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}") from None
     except ArtifactError as error:

@@ -588,7 +588,11 @@ def _ledgers(found: Review, folder: Folder) -> None:
         found.row(f"audit of {seed}", not leaks, said, "not leaking", "leaking" in folder.declared)
         if not score.get("ttt"):
             continue
-        adapted = [one for one in json.loads(path.read_bytes())["scores"].values() if one["form"] not in FIXED]
+        record = json.loads(path.read_bytes())
+        if sha256 in files:
+            masked, mask = record.get("document_mask"), artifact.configuration(files[sha256].read_bytes()).document_mask
+            found.row(f"document_mask of {seed}", masked is mask, masked, f"{mask}, as the artifact has it")
+        adapted = [one for one in record["scores"].values() if one["form"] not in FIXED]
         scored = {spelled(one): (round(one["bpb"], 8), one["tokens"], one["bytes"]) for one in adapted}
         wanted = number(result, "val_bpb"), *(number(folder.about, name) for name in ("val_tokens", "val_bytes"))
         own = scored.get(str(score["ttt"]))

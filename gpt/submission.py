@@ -328,12 +328,6 @@ def known_of(model: bytes) -> dict[str, Any]:
     return {"artifact": found.sha256, "base": base_name(weights), "leaking": found.config.leaking}
 
 
-@lru_cache(maxsize=8)
-def configuration_of(model: bytes) -> Config:
-    """An artifact's own configuration. Raises ArtifactError."""
-    return artifact.parse(model).config
-
-
 def gather(
     paths: Sequence[Path],
     *,
@@ -507,6 +501,8 @@ def _with_score(run: SeedRun, file: Path) -> SeedRun:
     if reason := _unproven(run, file):
         raise SubmissionError(f"--scores {reason}")
     record = json.loads(file.read_bytes())
+    masked, own = record.get("document_mask"), run.config.document_mask
+    want(masked is own, f"document_mask {masked}, the run's is {own}: wanted its scores without --documents")
     scores: dict[str, dict[str, Any]] = {}
     for name, score in record["scores"].items():
         if score["form"] in FIXED:
@@ -637,7 +633,8 @@ def _mixed_up(runs: Sequence[SeedRun], same_code: bool) -> list[str]:
     for run in runs:
         if same_code and run.summary["fingerprint"] != run.config.fingerprint():
             reasons.append(f"{run.path}/summary.json is of another configuration than config.json")
-        own, told = (c.model_dump(mode="json", exclude=MACHINE) for c in (configuration_of(run.model), run.config))
+        both = artifact.configuration(run.model), run.config
+        own, told = (config.model_dump(mode="json", exclude=MACHINE) for config in both)
         if changed := [f"{name} {own[name]}, {told[name]}" for name in own if own[name] != told[name]]:
             reasons.append(f"{run.path}/model.pga is of another configuration than config.json: {'; '.join(changed)}")
     return reasons

@@ -735,6 +735,7 @@ def test_test_time_training_that_is_refused(runs: list[Path], adapted: list[Path
             'header: form "chunk" by the name of ema-chunk',
         ),
         (lambda r: r.update(scores={"plain": r["scores"]["plain"]}), True, "no score with test-time training"),
+        (lambda r: r.update(document_mask=not r["document_mask"]), True, "wanted its scores without --documents"),
         (lambda r: r["environment"].update(world_size=8), True, "on another machine than"),
         (lambda r: r.pop("environment"), True, "does not say on what machine"),
         (lambda r: r["environment"].update(code_sha256="0" * 64), True, "ran with other code than stands here"),
