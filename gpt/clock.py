@@ -90,8 +90,10 @@ class Clock:
 
     def push(self, step: int, launched: float, loss: Tensor, norm: Tensor, stop: bool = False) -> None:
         """Note a step that was just launched at training second `launched`; stop: this rank was told to."""
-        stats = loss.new_zeros(4, dtype=torch.float64)
-        stats[0], stats[1], stats[2], stats[3] = loss.detach(), norm, launched, float(stop)
+        stats = loss.new_empty(4, dtype=torch.float64)
+        stats[0], stats[1] = loss.detach(), norm
+        stats[2].fill_(launched)  # assigned, a number would be copied from the host, which waits for the device
+        stats[3].fill_(float(stop))
         self.ranks.all_reduce(stats, dist.ReduceOp.AVG)
         if stats.is_cuda:
             host = torch.empty(4, dtype=torch.float64, pin_memory=True)
