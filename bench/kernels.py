@@ -554,6 +554,7 @@ def gptq_block_workload(case: str, small: bool, tokens: Tensor | None) -> Worklo
 
 
 INT6 = {"m1": 1, "m16": 16, "m98304": 98304}  # rows of x
+CACHES = {"2048": 2048, "8192": 8192}  # positions
 
 
 def int6_dequantise_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
@@ -594,13 +595,14 @@ def int6_linear_workload(case: str, small: bool, tokens: Tensor | None) -> Workl
 
 
 def cached_attention_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
-    """The last of 2048 tokens; keys and values are read."""
+    """The last token of a full cache, whose keys and values are read."""
+    context = CACHES[case]
     heads, kv_heads, dim = 8, 4, 64
     qkv = random(1, heads + 2 * kv_heads, dim, dtype=HALF, gradient=False)
-    keys, values = (random(LENGTH, kv_heads, dim, dtype=HALF, gradient=False) for _ in range(2))
+    keys, values = (random(context, kv_heads, dim, dtype=HALF, gradient=False) for _ in range(2))
     gain = random(heads, dtype=torch.float32, gradient=False)
-    cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, DEVICE)
-    position = torch.tensor([LENGTH - 1], device=DEVICE)
+    cos, sin = reference.rotary_table(context, 16, 1e4, context, DEVICE)
+    position = torch.tensor([context - 1], device=DEVICE)
 
     def call(op: Function) -> Function:
         return lambda qkv, gain, cos, sin, keys, values: op(qkv, gain, cos, sin, position, keys, values)
@@ -633,7 +635,7 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[str, bool, Tensor | None], Workl
     "gptq_block": (("qo",), gptq_block_workload),
     "int6_dequantise": (("up",), int6_dequantise_workload),
     "int6_linear": (tuple(INT6), int6_linear_workload),
-    "cached_attention": (("2048",), cached_attention_workload),
+    "cached_attention": (tuple(CACHES), cached_attention_workload),
 }
 
 

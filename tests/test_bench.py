@@ -126,6 +126,7 @@ def test_ops_without_a_gradient_have_right_peers(op: str, peers: set[str], monke
     monkeypatch.setattr(optimizer, "COEFFICIENTS", coefficients(config.newton_schulz, config.muon_backend_steps))
     monkeypatch.setattr(packed, "SHAPES", {"up": (40, 70)})
     monkeypatch.setattr(kernels, "INT6", {"m1": 1, "m16": 16, "m98304": 80})
+    monkeypatch.setattr(kernels, "CACHES", {"2048": 8, "8192": 20})
     monkeypatch.setattr(kernels, "LENGTH", 8)
     monkeypatch.setattr(kernels, "HALF", torch.float32)
     monkeypatch.setattr(kernels, "compiled", lambda function: function)
