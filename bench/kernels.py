@@ -628,7 +628,6 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[str, bool, Tensor | None], Workl
     "qk_norm_rotary": (("seed",), qk_norm_rotary_workload),
     "embed": (("zipf",), embed_workload),
     "linear_cross_entropy": (("seed", "none"), linear_cross_entropy_workload),
-    "newton_schulz": (("all-banks",), newton_schulz_workload),
     "muon_momentum": (("all-banks",), muon_momentum_workload),
     "muon_update": (("all-banks",), muon_update_workload),
     "adamw_update": (("rest",), adamw_update_workload),
@@ -636,6 +635,7 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[str, bool, Tensor | None], Workl
     "int6_dequantise": (("up",), int6_dequantise_workload),
     "int6_linear": (tuple(INT6), int6_linear_workload),
     "cached_attention": (tuple(CACHES), cached_attention_workload),
+    "newton_schulz": (("all-banks",), newton_schulz_workload),  # last: a peer once ended the process
 }
 
 
