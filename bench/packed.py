@@ -6,8 +6,7 @@ int6_linear at 1 to 64 rows and at a whole batch, on the four shapes of the bank
 is one product of each. Weights are not in cache: calls go round copies of the matrix that exceed the L2 cache several
 times, in a CUDA graph each, which take turns; launches of ours overlap as they do in a model (`triton-apart` forbids
 it). Peers: `cublas`, F.linear on the dequantised bf16 matrix; `torchao` and `gemlite`, int8 weights, where they are
-installed: they take turns by themselves, once all else is done, since with their libraries in the process our launches
-take longer. Milliseconds are medians of replays over calls.
+installed. Milliseconds are medians of replays over calls.
 
 sample: a token of batch 1 from the model of preset one-gpu, 14 layers, random weights, the draw included: `triton` as
 quantize.py sample, packed and in a CUDA graph; `dense` the same graph on bf16 weights and eager ops; `eager` without a
@@ -56,7 +55,8 @@ def matrices(rows: int, columns: int, copies: int) -> tuple[Tensor, Tensor]:
 
 
 def calls(x: Tensor, codes: Tensor, scales: Tensor) -> Iterator[tuple[str, Call]]:
-    """Ours and the framework's on all copies."""
+    """Each implementation on all copies."""
+    columns = x.size(1)
     yield "triton", lambda i: int6.int6_linear(x, codes[i], scales[i])
     if x.size(0) <= 64:
         spacer = torch.zeros(1, device=DEVICE)
@@ -66,19 +66,11 @@ def calls(x: Tensor, codes: Tensor, scales: Tensor) -> Iterator[tuple[str, Call]
             return int6.int6_linear(x, codes[i], scales[i])
 
         yield "triton-apart", apart
-    dense = dequantised(x, codes, scales)
-    yield "cublas", lambda i: F.linear(x, dense[i])
-
-
-def dequantised(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     # One after the other, so that float32 of all copies is never there.
-    pairs = zip(codes, scales, strict=True)
-    return torch.stack([reference.int6_dequantise(*pair, None, x.size(1), x.dtype) for pair in pairs])
-
-
-def other_calls(x: Tensor, codes: Tensor, scales: Tensor) -> Iterator[tuple[str, Call]]:
-    """Other libraries' on all copies."""
-    dense = dequantised(x, codes, scales)
+    dense = torch.stack(
+        [reference.int6_dequantise(*pair, None, columns, x.dtype) for pair in zip(codes, scales, strict=True)]
+    )
+    yield "cublas", lambda i: F.linear(x, dense[i])
     with peer("torchao"):
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -124,9 +116,7 @@ def in_turn(graphs: Mapping[str, torch.cuda.CUDAGraph], copies: int, rounds: int
     return {name: sorted(each) for name, each in zip(graphs, times, strict=True)}
 
 
-def measure_products(
-    rows: int, measured: dict[str, float], calls: Callable[[Tensor, Tensor, Tensor], Iterator[tuple[str, Call]]]
-) -> list[dict[str, Any]]:
+def measure_products(rows: int, measured: dict[str, float]) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for name, (outputs, columns) in SHAPES.items():
         copies = 2 if rows > 64 else COPIES // (2 * outputs * columns)
@@ -165,13 +155,20 @@ def measure_products(
                 }
             )  # fmt: skip
             print(f"m{rows:<6d}{name:6s}{impl:14s}{1e3 * ms:9.2f} us   error {errors[impl]:.2e}", flush=True)
-    for each in found.values():
+    together = []
+    framework = {row["case"]: row["error"] for row in found.get("cublas", ())}
+    for impl, each in found.items():
+        for row in each:
+            row["reference_error"] = framework.get(row["case"])
         if len(each) == len(SHAPES):
             whole = {key: round(sum(row[key] for row in each), 5) for key in ("ms", "ms_p20", "ms_p80")}
-            whole |= {"error": max(row["error"] for row in each)}
+            worst = {
+                "error": max(row["error"] for row in each),
+                "reference_error": max(framework.values(), default=None),
+            }
             rates = {"tflops": None, "gb_s": None, "percent_of_ceiling": None}
-            each.append({"op": "int6_linear", "case": f"m{rows}", "impl": each[0]["impl"]} | whole | rates)
-    return [row for each in found.values() for row in each]
+            together.append({"op": "int6_linear", "case": f"m{rows}", "impl": impl} | whole | rates | worst)
+    return together + [row for each in found.values() for row in each]
 
 
 class Eager(Decoder):
@@ -237,16 +234,10 @@ def main(arguments: list[str]) -> int:
         return 2
     measured = ceilings()
     command = " ".join(["python -m bench.packed", *arguments])
-    ours = {count: measure_products(count, measured, calls) for count in options.rows}
-    texts = measure_sample(options.text) if options.text else []
-    for count, rows in ours.items():
-        rows += measure_products(count, measured, other_calls)
-        framework = {row["case"]: row["error"] for row in rows if row["impl"] == "cublas"}
-        for row in rows:
-            row["reference_error"] = framework.get(row["case"])
-        path, whole = write_result("packed", command, measured, rows, options.out)
-    if texts:
-        path, whole = write_result("packed", command, measured, texts, options.out)
+    for count in options.rows:
+        path, whole = write_result("packed", command, measured, measure_products(count, measured), options.out)
+    if options.text:
+        path, whole = write_result("packed", command, measured, measure_sample(options.text), options.out)
     draw_panels(whole, f"ms, {torch.cuda.get_device_name()}", path.with_suffix(".png"))
     print(path)
     return 0
