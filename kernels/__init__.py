@@ -23,7 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 import torch
 
-from kernels import compiled, reference
+from kernels import reference
 from kernels.launch import HEAD_DIMS, INTERPRET
 from kernels.reference import CLASSIC, POLAR_EXPRESS
 
@@ -116,7 +116,7 @@ _FUNCTION = {"attention": "attention_qkv"}
 # base, but of mlp alone.
 IMPLEMENTATIONS: dict[str, Callable[[torch.device], dict[str, Op]]] = {
     "reference": lambda device: {op: _named(reference, op) for op in _OPS},
-    "compiled": lambda device: {op: _named(compiled, op) or _named(reference, op) for op in _OPS},
+    "compiled": lambda device: {op: _named(_compiled(), op) or _named(reference, op) for op in _OPS},
     "triton": lambda device: _triton(),
     "fp8": lambda device: _fp8(device),
 }
@@ -124,6 +124,13 @@ IMPLEMENTATIONS: dict[str, Callable[[torch.device], dict[str, Op]]] = {
 
 def _named(module: ModuleType, op: str) -> Any:
     return getattr(module, _FUNCTION.get(op, op), None)
+
+
+def _compiled() -> ModuleType:
+    # Here, so that a start without torch.compile does not take seconds to import it.
+    from kernels import compiled
+
+    return compiled
 
 
 def _triton() -> dict[str, Op]:
@@ -223,5 +230,5 @@ def select(choice: str, device: torch.device) -> Ops:
 
         fused = attention_input.attention_layer
     # Fused kernels leave a graph nothing to fuse, and cost no compilation when the layers change.
-    graph = compiled.graph if base == "compiled" else lambda function: function
+    graph = _compiled().graph if base == "compiled" else lambda function: function
     return Ops(**table, fused_layer=fused, graph=graph, names=chosen)
