@@ -9,15 +9,16 @@ device, so that one CUDA graph serves every position. Sums are float32; keys and
 them, but the token's own, which stay in registers. Several tokens at once, a prompt, are the reference's: they come
 once a text.
 
-Keys are shared out (split-KV, Flash-Decoding, Dao et al. 2023), in two launches. Of S = C / BLOCK_C programs a KV head
-in the first, each takes BLOCK_C earlier keys for its H / G queries, or leaves at once where p is not that far; so all
-is asked for at the same time. The first program also notes the new key and value and takes their score. Each leaves
+Keys are shared out (split-KV, Flash-Decoding, Dao et al. 2023), in two launches. Of S = C / BLOCK_C programs, rounded
+up, a KV head in the first, each takes BLOCK_C earlier keys for its H / G queries, or leaves at once where p is not that
+far; so all is asked for at the same time. The first program also notes the new key and value and takes their score.
+Each leaves
 
     m = max_c score_c,   l = sum_c 2^(score_c - m),   sum_c 2^(score_c - m) values_c        scores in base 2
 
-in float32. The second launch, a program a query, adds up n = p / BLOCK_C of these, rounded up, in their order, and
-takes XSA. Traffic: 4 p G D bytes, and 8 n H (D + 2) of what programs leave, which stays in the L2 cache: a sixteenth
-at BLOCK_C 64 and H = 2G.
+in float32. The second launch, a program a query, adds up n = p / BLOCK_C of these, rounded up and at least 1, in their
+order, and takes XSA. Traffic: 4 p G D bytes, and 8 n H (D + 2) of what programs leave, which stays in the L2 cache: a
+sixteenth at BLOCK_C 64 and H = 2G.
 
 Either launch may start before the one ahead of it is done (programmatic dependent launch, Hopper and later). The first
 reads nothing before that: what a caller launched last may have written the position, or the cache. It waits for memory
@@ -121,7 +122,8 @@ def cached_attention_merge_kernel(
 ):  # fmt: skip
     query, queries = tl.program_id(0), tl.num_programs(0)
     o_d = tl.arange(0, D)[None, :]
-    # Not written by the first launch, and when this one starts, all that was ahead of that is done.
+    # Not written by the first launch, and when this one starts, all that was ahead of that is done: every program there
+    # waits for it before it ends or lets this one start.
     p = tl.load(position).to(tl.int32)
     b_v = tl.load(qkv + (queries + KV_HEADS + query // GROUP) * D + o_d).to(tl.float32)
     b_u = b_v / tl.maximum(tl.sqrt(tl.sum(b_v * b_v, axis=1, keep_dims=True)), 1e-12)
