@@ -577,8 +577,9 @@ def _ledgers(found: Review, folder: Folder) -> None:
                 found.row(f"audit of {seed}", None, "no record of its scores", path.relative_to(folder.path))
             continue
         sha256 = str(result.get("artifact_sha256"))
+        model = files[sha256].read_bytes() if sha256 in files else None
         try:
-            known = known_of(files[sha256].read_bytes()) if sha256 in files else {"artifact": sha256}
+            known = known_of(model) if model is not None else {"artifact": sha256}
             findings = audit_record(path, **known)
         except (LedgerError, artifact.ArtifactError) as error:
             found.row(f"audit of {seed}", False, error, "a record that passes quantize.py audit")
@@ -589,8 +590,8 @@ def _ledgers(found: Review, folder: Folder) -> None:
         if not score.get("ttt"):
             continue
         record = json.loads(path.read_bytes())
-        if sha256 in files:
-            masked, mask = record.get("document_mask"), artifact.configuration(files[sha256].read_bytes()).document_mask
+        if model is not None:
+            masked, mask = record.get("document_mask"), artifact.configuration(model).document_mask
             found.row(f"document_mask of {seed}", masked is mask, masked, f"{mask}, as the artifact has it")
         adapted = [one for one in record["scores"].values() if one["form"] not in FIXED]
         scored = {spelled(one): (round(one["bpb"], 8), one["tokens"], one["bytes"]) for one in adapted}

@@ -31,7 +31,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import reference
-from kernels.launch import DTYPES, HEAD_DIMS, expect, gpu, settings
+from kernels.launch import DTYPES, HEAD_DIMS, early, expect, settings
 
 _RMS_EPS = tl.constexpr(reference.RMS_EPS)
 
@@ -163,18 +163,15 @@ def cached_attention_op(
     config = settings("cached_attention", qkv.device)
     split, merge = config["split"], config["merge"]
     splits = triton.cdiv(context, split["BLOCK_C"])
-    # The one launch need not wait for the other's end to start: Hopper and later.
-    early = qkv.is_cuda and gpu(qkv.device)[0] >= (9, 0)
-    options = {"launch_pdl": True} if early else {}
-    shape = {"D": dim, "GROUP": queries // kv_heads, "EARLY": early}
+    shape = {"D": dim, "GROUP": queries // kv_heads} | early(qkv.device)
     parts = torch.empty(queries * splits * (dim + 2), dtype=torch.float32, device=qkv.device)
     out = torch.empty((1, queries, dim), dtype=qkv.dtype, device=qkv.device)
     cached_attention_kernel[(kv_heads, splits)](
         qkv, gain, cos, sin, position, keys, values, parts, queries, kv_heads,
-        HALF=cos.shape[1], **shape, **split, **options,
+        HALF=cos.shape[1], **shape, **split,
     )  # fmt: skip
     cached_attention_merge_kernel[(queries,)](
-        qkv, position, parts, out, splits, kv_heads, BLOCK_C=split["BLOCK_C"], **shape, **merge, **options
+        qkv, position, parts, out, splits, kv_heads, BLOCK_C=split["BLOCK_C"], **shape, **merge
     )
     return out
 

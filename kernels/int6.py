@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import int6_few
 from kernels.int6_few import dequantised, int6_weights
-from kernels.launch import DTYPES, expect, gpu, settings
+from kernels.launch import DTYPES, early, expect, settings
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -122,16 +122,13 @@ def skinny_product(
     out = torch.empty((rows, count), dtype=x.dtype, device=x.device)
     six, configs = codes.dim() == 3, settings("int6", x.device)
     kind = ("short" if width <= configs["short"]["BLOCK_Q"] else "long") if six else "int8"
-    # What waits for nothing may start before the kernel ahead is done: Hopper and later.
-    early = x.is_cuda and gpu(x.device)[0] >= (9, 0)
-    options = {"launch_pdl": True} if early else {}
     if "few" in configs and rows >= configs["few"]["from"][kind] and width % 16 == 0:
         tall = kind == "short" and rows >= configs["few"]["from"]["tall"]
         int6_few.launch(x, codes, scales, gain, out, configs["few"]["tall" if tall else kind])
     else:
         config = configs[kind]
         int6_row_kernel[(triton.cdiv(count, config["BLOCK_N"]), rows)](
-            x, codes, scales, gain, out, rows, count, columns, Q=width, SIX=six, EARLY=early, **config, **options
+            x, codes, scales, gain, out, rows, count, columns, Q=width, SIX=six, **config, **early(x.device)
         )
     return out
 

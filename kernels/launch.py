@@ -46,6 +46,16 @@ def programs(per_processor: int, blocks: int, device: torch.device) -> int:
     return max(1, min(blocks, per_processor * (gpu(device)[1] if device.type == "cuda" else 2)))
 
 
+def early(device: torch.device) -> dict[str, bool]:
+    """How to launch a kernel that may start before the one ahead of it is done and waits itself, if it is EARLY.
+
+    Programmatic dependent launch: Hopper and later.
+    """
+    if device.type == "cuda" and gpu(device)[0] >= (9, 0):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
+
+
 def expect_one_gpu(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
     """Raise ValueError unless all tensors that are given lie on one GPU, the current one, where kernels are launched;
     in the interpreter, on one device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from math import ceil
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def test_measured_figures_are_the_data() -> None:
         abs(ours["rows"][0]["train_loss"][step] - loss) for step, loss in seed["rows"][0]["train_loss"].items()
     ]
     assert len(differences) == 8
+    assert max(differences) < 0.011
     assert f"by at most {max(differences):.3f} nats at steps 250 to 2,000" in README.replace("\n", " ")
     assert "train loss at step 2000" in compare(ours, seed)
 
@@ -205,10 +207,11 @@ def test_packed_is_the_data() -> None:
 def test_starts_are_the_data() -> None:
     cold, warm = rows("start-h100.json")["rows"]
     assert f"takes {cold['ms'] / 1e3:.1f} s with empty caches, {warm['ms'] / 1e3:.1f} s after that" in README
-    for row in (cold, warm):
-        assert max(row["steps_ms"]) == max(row["steps_ms"][row["recurrence_from_step"] :])
-    worst = ceil(100 * max(row["slowest_of_median"][1] for row in (cold, warm))) / 100
-    assert f"takes more than {worst:.2f} times the later median" in README.replace("\n", " ")
+    later = max(max(row["steps_ms"]) / median(row["steps_ms"][row["recurrence_from_step"] :]) for row in (cold, warm))
+    before = max(row["slowest_of_median"][0] for row in (cold, warm))
+    assert max(before, later) < 1.15
+    words = "no step takes more than {:.2f} times the later median, before it {:.2f} times the earlier"
+    assert words.format(ceil(100 * later) / 100, ceil(100 * before) / 100) in README.replace("\n", " ")
 
 
 def test_loss_differences_are_the_data() -> None:
