@@ -42,49 +42,54 @@ def dequantised(b_code, b_scale, b_gain):
 
 
 @triton.constexpr_function
-def floats_ptx(quarter, six):
-    """Of four bytes each of $4, and of $5, the high plane: codes of a quarter, each in the second byte of 2^15 as
-    float32, so that 32768 + 32 + code is read from it, or + 128 for int8."""
+def weights_ptx(quarter, six, gain, kind):
+    """Four neighbours' weights of a quarter, as two pairs of bf16 or f16, from four bytes each of $2 and of $3, the high
+    plane: int6_weights, or int8's, by a third of the instructions. Of the row: $4 its scale, $8 scale times -32800, or
+    times -32896 for int8, and $12 its gain, if any. Scratch registers are in braces of their own.
+
+    Codes become the second byte of 2^15 as float32: 32768 + 32 + code is read from it, or + 128. One fused
+    multiply-add is then exact, as scales have 11 bits: of (32800 + code) scale - 32800 scale the parts have 27 and 22."""
     if six:
-        low = ("mov.b32 low, $4;", "shr.u32 low, $4, 4;")[quarter % 2]
-        high = ("shl.b32 high, $5, 4;", "shl.b32 high, $5, 2;", "mov.b32 high, $5;", "shr.u32 high, $5, 2;")[quarter]
+        low = ("mov.b32 low, $2;", "shr.u32 low, $2, 4;")[quarter % 2]
+        high = ("shl.b32 high, $3, 4;", "shl.b32 high, $3, 2;", "mov.b32 high, $3;", "shr.u32 high, $3, 2;")[quarter]
         code = f"{low} {high} and.b32 low, low, 0x0f0f0f0f; lop3.b32 low, high, 0x30303030, low, 0xea;"
     else:
-        code = "xor.b32 low, $4, 0x80808080;"
-    each = " ".join(f"prmt.b32 ${i}, low, magic, 0x74{i}4;" for i in range(4))
-    return f"{{ .reg .b32 low, high, magic; mov.b32 magic, 0x47000000; {code} {each} }}"
+        code = "xor.b32 low, $2, 0x80808080;"
+    each = " ".join(
+        f"prmt.b32 w{i}, low, magic, 0x74{i}4; fma.rn.f32 w{i}, w{i}, $4, $8;"
+        + (f" mul.rn.f32 w{i}, w{i}, $12;" if gain else "")
+        for i in range(4)
+    )
+    pairs = f"cvt.rn.{kind}x2.f32 $0, w1, w0; cvt.rn.{kind}x2.f32 $1, w3, w2;"
+    return f"{{ .reg .b32 low, high, magic; .reg .b32 w<4>; mov.b32 magic, 0x47000000; {code} {each} {pairs} }}"
 
 
 @gluon.jit
-def few_weights(b_low, b_high, b_scale, b_gain, QUARTER: gl.constexpr, SIX: gl.constexpr):
-    """int6_weights, or int8's, by a third of the instructions."""
-    b_bits = gl.inline_asm_elementwise(
-        floats_ptx(QUARTER, SIX), "=r,=r,=r,=r,r,r", [b_low, b_high], dtype=gl.int32, is_pure=True, pack=4
-    )
-    # Exact, as scales have 11 bits: of (32768 + 32 + code) scale - 32800 scale the parts have 27 and 22.
-    b_w = gl.fma(b_bits.to(gl.float32, bitcast=True), b_scale, b_scale * (-32800.0 if SIX else -32896.0))
+def few_weights(x, b_low, b_high, b_scale, b_gain, QUARTER: gl.constexpr, SIX: gl.constexpr):
+    """The weights of a quarter in the dtype of x. Not pure: they are computed in front of what follows."""
+    kind: gl.constexpr = "bf16" if x.dtype.element_ty == gl.bfloat16 else "f16"
+    operands = (b_low, b_high, b_scale, b_scale * (-32800.0 if SIX else -32896.0))
     if b_gain is not None:
-        b_w *= b_gain
-    return b_w
+        operands += (b_gain,)
+    return gl.inline_asm_elementwise(
+        weights_ptx(QUARTER, SIX, b_gain is not None, kind), "=r,=r" + (10 if b_gain is None else 14) * ",r",
+        operands, dtype=x.dtype.element_ty, is_pure=False, pack=4,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
 def int6_few_kernel(
     x, codes, scales, gain, out, M, N, K,
-    Q: gl.constexpr, SIX: gl.constexpr, AHEAD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    Q: gl.constexpr, SIX: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     CHUNK: gl.constexpr, K_WIDTH: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr,
 ):  # fmt: skip
-    """SPLIT times ACROSS warps: the former share columns, CHUNK bytes of a plane's row each, the latter outputs.
-
-    AHEAD: launches that may start and wait beside this one: 0, 1, or 2 for as many as there is room for."""
+    """SPLIT times ACROSS warps: the former share columns, CHUNK bytes of a plane's row each, the latter outputs."""
     PLANES: gl.constexpr = 3 if SIX else 1
     QUARTERS: gl.constexpr = 4 if SIX else 1
     WARPS: gl.constexpr = SPLIT * ACROSS
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, ACROSS], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, K_WIDTH)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, K_WIDTH)
-    if AHEAD == 2:
-        gdc_launch_dependents()
     # [SPLIT, BLOCK_M, CHUNK]
     o_part = gl.arange(0, SPLIT, gl.SliceLayout(1, gl.SliceLayout(2, left)))[:, None, None]
     o_m = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :, None]
@@ -112,20 +117,23 @@ def int6_few_kernel(
         if SIX:
             b_second = gl.load(p_codes + (o_q + Q), mask=m_q, other=0)
             b_high = gl.load(p_codes + (o_q + 2 * Q), mask=m_q, other=0)
+        b_w = ()
+        for i in gl.static_range(QUARTERS):
+            b_code = b_first if i < 2 else b_second
+            b_w += (few_weights(x, b_code, b_high, b_scale, b_gain, i, SIX),)
         if start == 0:
+            # Behind the unpacking, as otherwise ptxas moves that behind the wait.
+            gdc_launch_dependents()
             gdc_wait()
         b_x = ()
         for i in gl.static_range(QUARTERS):
             o_q = start + o_xq
             b_x += (gl.load(p_x + (o_q + i * Q), mask=m_m & (o_q < Q) & (o_q + i * Q < K), other=0.0),)
-        # Also keeps the compiler from moving loads of x behind products.
-        gdc_launch_dependents()
         for i in gl.static_range(QUARTERS):
-            b_w = few_weights(b_first if i < 2 else b_second, b_high, b_scale, b_gain, i, SIX).to(x.dtype.element_ty)
             if i % 2 == 0:
-                b_even = mma_v2(b_x[i], b_w, b_even)
+                b_even = mma_v2(b_x[i], b_w[i], b_even)
             else:
-                b_odd = mma_v2(b_x[i], b_w, b_odd)
+                b_odd = mma_v2(b_x[i], b_w[i], b_odd)
     # All parts of an output to one thread, by one trip through shared memory.
     VEC: gl.constexpr = max(1, BLOCK_M * BLOCK_N // (32 * WARPS))
     LANES: gl.constexpr = min(32, BLOCK_N // VEC)
@@ -165,5 +173,5 @@ def launch(
     grid = triton.cdiv(count, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"])
     int6_few_kernel[grid](
         x, codes, scales, gain, out, rows, count, columns,
-        Q=codes.shape[-1], SIX=codes.dim() == 3, **tiles, launch_pdl=tiles["AHEAD"] > 0,
+        Q=codes.shape[-1], SIX=codes.dim() == 3, **tiles, launch_pdl=True,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from kernels import reference
 from kernels.int6 import dequantise_kernel, int6_dequantise, int6_linear, int6_row_kernel
-from kernels.int6_few import few_tiles, floats_ptx, int6_few_kernel
+from kernels.int6_few import few_tiles, int6_few_kernel, weights_ptx
 from kernels.launch import configs
 from tests.aot import compile_for_h100
 from tests.kernel_tools import CUDA, compiled, error, gpu, graphed, interpreted
@@ -58,55 +58,71 @@ def test_reference_is_the_product_with_the_dequantised_matrix():
         torch.testing.assert_close(reference.int6_linear(x, c, scales, gain), wanted)
 
 
-def run_ptx(ptx, *inputs):
-    """The four results of instructions on 32-bit words, $4 and $5 given."""
-    words = {f"${4 + i}": x.astype(numpy.uint64) for i, x in enumerate(inputs)}
-
-    def value(name):
-        return words[name] if name in words else numpy.uint64(int(name, 0))
+def run_ptx(ptx, given):
+    """What instructions leave in $0 and $1, given arrays of other 32-bit words."""
+    words = {name: x.view(numpy.uint32).astype(numpy.uint64) for name, x in given.items()}
 
     def permute(a, b, selector):
         both = a | b << numpy.uint64(32)
-        each = (both >> numpy.uint64(8 * (selector >> 4 * i & 7)) & numpy.uint64(255) for i in range(4))
+        each = (both >> numpy.uint64(8 * (int(selector) >> 4 * i & 7)) & numpy.uint64(255) for i in range(4))
         return sum(byte << numpy.uint64(8 * i) for i, byte in enumerate(each))
 
+    def floats(x):
+        return x.astype(numpy.uint32).view(numpy.float32).astype(numpy.float64)
+
+    def bits(x):
+        return x.astype(numpy.float32).view(numpy.uint32).astype(numpy.uint64)
+
+    def pair(dtype):  # the first goes into the upper half
+        def halves(x):
+            short = torch.from_numpy(x.astype(numpy.uint32).view(numpy.float32)).to(dtype).view(torch.int16)
+            return short.numpy().view(numpy.uint16).astype(numpy.uint64)
+
+        return lambda a, b: halves(a) << numpy.uint64(16) | halves(b)
+
     act = {
-        "mov": lambda a: a, "shl": lambda a, n: a << n, "shr": lambda a, n: a >> n, "and": lambda a, b: a & b,
-        "xor": lambda a, b: a ^ b, "lop3": lambda a, b, c, table: a & b | c,
-        "prmt": lambda a, b, selector: permute(a, b, int(selector)),
+        "mov.b32": lambda a: a, "shl.b32": lambda a, n: a << n, "shr.u32": lambda a, n: a >> n,
+        "and.b32": lambda a, b: a & b, "xor.b32": lambda a, b: a ^ b, "lop3.b32": lambda a, b, c, table: a & b | c,
+        "prmt.b32": permute, "mul.rn.f32": lambda a, b: bits(floats(a) * floats(b)),
+        "fma.rn.f32": lambda a, b, c: bits(floats(a) * floats(b) + floats(c)),  # sums are exact in float64
+        "cvt.rn.bf16x2.f32": pair(torch.bfloat16), "cvt.rn.f16x2.f32": pair(torch.float16),
     }  # fmt: skip
     for line in ptx.strip("{ }").split(";"):
-        if not (found := re.fullmatch(r"\s*(\w+)(\.u32|\.b32) (\S+), (.*)", line)):
-            assert not line.strip() or line.startswith(".reg .b32 ")
+        if not (found := re.fullmatch(r"\s*(\S+) (\S+), (.*)", line)) or line.strip().startswith(".reg"):
+            assert not line.strip() or line.strip().startswith(".reg .b32 ")
             continue
-        op, _, target, operands = found.groups()
-        assert op != "lop3" or operands.endswith("0xea")
-        words[target] = act[op](*map(value, operands.split(", "))) & numpy.uint64(0xFFFFFFFF)
-    return [words[f"${i}"].astype(numpy.uint32) for i in range(4)]
+        op, target, operands = found.groups()
+        assert op != "lop3.b32" or operands.endswith("0xea")
+        values = (words[name] if name in words else numpy.uint64(int(name, 0)) for name in operands.split(", "))
+        words[target] = act[op](*values) & numpy.uint64(0xFFFFFFFF)
+    return numpy.stack([words["$0"], words["$1"]], -1).astype(numpy.uint32)
 
 
 @compiled
-def test_ptx_unpacks_four_codes_at_a_time():
-    codes = torch.randint(-31, 32, (1, 4 * 512), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    first, second, high = (x.numpy().view(numpy.uint32) for x in reference.pack_codes(codes)[0])
-    for quarter in range(4):
-        found = run_ptx(floats_ptx(quarter, True), first if quarter < 2 else second, high)
-        found = numpy.stack(found, -1).view(numpy.float32).ravel()
-        assert (found - 32800 == codes[0, 512 * quarter : 512 * (quarter + 1)].numpy()).all()
-    whole = numpy.arange(-128, 128).astype(numpy.int8)
-    found = run_ptx(floats_ptx(0, False), whole.view(numpy.uint32), whole.view(numpy.uint32))
-    assert (numpy.stack(found, -1).view(numpy.float32).ravel() - 32896 == whole).all()
-
-
-@pytest.mark.parametrize(("offset", "levels"), [(32800, 31), (32896, 127)])
-def test_scaled_codes_are_exact(offset, levels):
-    """few_weights' one fused multiply-add for every scale: its parts are exact, so is the difference."""
-    scales = numpy.arange(0x7C00, dtype=numpy.uint16).view(numpy.float16).astype(numpy.float64)[:, None]
-    shift = offset * scales
-    assert (shift.astype(numpy.float32) == shift).all()
-    codes = numpy.arange(-levels, levels + 1.0)
-    found = (offset + codes) * scales - shift  # of 27 bits: exact in float64
-    assert (found.astype(numpy.float32) == codes * scales).all()
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ptx_unpacks_four_weights_at_a_time(dtype, gain):
+    """Of every scale there is: the reference's weights to the bit, but for the sign of a zero."""
+    scales = numpy.arange(0x7C00, dtype=numpy.uint16).view(numpy.float16)
+    scale = torch.from_numpy(scales)
+    scale[torch.arange(0x7C00) * 128 >= 65504 * 2] = 1.0
+    factor = torch.randn(len(scales), generator=torch.Generator().manual_seed(1)) if gain else None
+    generator = torch.Generator().manual_seed(0)
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    for six, levels, offset in ((True, 31, 32800), (False, 127, 32896)):
+        codes = torch.randint(-levels, levels + 1, (len(scales), 256), generator=generator, dtype=torch.int8)
+        codes[0] = 0
+        wanted = reference.int6_dequantise(codes, scale, factor, 256, dtype).unflatten(1, (4 if six else 1, -1))
+        stored = reference.pack_codes(codes).numpy() if six else codes.numpy()[:, None]
+        rows = {"$4": scale.float(), "$8": scale.float() * -offset}
+        if gain:
+            rows["$12"] = factor
+        rows = {name: x.numpy()[:, None] for name, x in rows.items()}
+        for quarter in range(wanted.shape[1]):
+            low, high = (stored[:, i].copy().view(numpy.uint32) for i in ((quarter // 2, 2) if six else (0, 0)))
+            found = run_ptx(weights_ptx(quarter, six, gain, kind), {"$2": low, "$3": high} | rows)
+            found = torch.from_numpy(found.reshape(len(scales), -1).view(numpy.int16)).view(dtype)
+            assert (found == wanted[:, quarter]).all()
 
 
 def test_about_a_program_a_processor():
@@ -198,12 +214,13 @@ def test_few_compiled_for_h100(kind, shape, rows):
     assert built.shared <= 16384
     # Of the sum over warps, in two halves where tall: operands stay in registers.
     assert built.sass.count("BAR.SYNC") == (3 if kind == "tall" and tiles["BLOCK_N"] == 32 else 1)
-    # One wait for x: all loads of it between the wait for the launch ahead and the first product.
-    lines = [line for line in built.sass.splitlines() if re.search(r"ACQBULK|LDG\.|HMMA", line)]
+    # Weights are ready before the wait for the launch ahead; all loads of x stand between that and the first product.
+    lines = [line for line in built.sass.splitlines() if re.search(r"ACQBULK|LDG\.|HMMA|F2FP", line)]
     wait, first = (next(i for i, line in enumerate(lines) if name in line) for name in ("ACQBULK", "HMMA"))
     loads = tiles["BLOCK_M"] * shape[1] // (tiles["SPLIT"] * 32 * 8)
     assert sum("LDG.E.128" in line for line in lines[wait:first]) == loads
     assert not any("LDG" in line for line in lines[first:])
+    assert sum("F2FP" in line for line in lines[:wait]) == tiles["BLOCK_N"] * shape[1] // (64 * tiles["num_warps"])
 
 
 @compiled
