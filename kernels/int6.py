@@ -123,8 +123,8 @@ def skinny_product(
     six, configs = codes.dim() == 3, settings("int6", x.device)
     kind = ("short" if width <= configs["short"]["BLOCK_Q"] else "long") if six else "int8"
     if "few" in configs and rows >= configs["few"]["from"][kind] and width % 16 == 0:
-        tall = kind == "short" and rows >= configs["few"]["from"]["tall"]
-        int6_few.launch(x, codes, scales, gain, out, configs["few"]["tall" if tall else kind])
+        height = "_tall" if rows >= configs["few"]["from"]["tall"] else ""
+        int6_few.launch(x, codes, scales, gain, out, configs["few"][kind + height])
     else:
         config = configs[kind]
         int6_row_kernel[(triton.cdiv(count, config["BLOCK_N"]), rows)](

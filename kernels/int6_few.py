@@ -6,10 +6,10 @@ has the fragments of an mma.sync: no shared memory, no shuffles, no conversion o
 own share of the columns; they add up once, at the end, in shared memory. Their number, and with it the order of the
 sum, is the same for every number of rows.
 
-A product of these sizes is latency: what counts is how often a program waits for memory. It waits once: the launch asks
-for as many outputs a program as make one program a processor, a program for all its codes at once, and for all its x as
-soon as it may; `maxnreg` of kernels/configs leaves the compiler the registers for that (left alone, it saves them and
-loads x in four rounds).
+A product of these sizes is latency: what counts is how often a program waits for memory. It asks for all its codes at
+once and unpacks them while launches ahead are at work; then the next launch may start and do the same; then it waits
+for the launch ahead, and asks for all its x at once. `maxnreg` of kernels/configs leaves the compiler the registers for
+that (left alone, it saves them and loads x in four rounds).
 """
 
 from collections.abc import Mapping
@@ -43,12 +43,12 @@ def dequantised(b_code, b_scale, b_gain):
 
 @triton.constexpr_function
 def weights_ptx(quarter, six, gain, kind):
-    """Four neighbours' weights of a quarter, as two pairs of bf16 or f16, from four bytes each of $2 and of $3, the high
-    plane: int6_weights, or int8's, by a third of the instructions. Of the row: $4 its scale, $8 scale times -32800, or
-    times -32896 for int8, and $12 its gain, if any. Scratch registers are in braces of their own.
+    """Four neighbours' weights of a quarter, as two pairs of bf16 or f16 in $0 and $1, from four bytes each of $2 and
+    of $3, the high plane: int6_weights, or int8's, by a third of the instructions. Of the row: $4 its scale, $8 its
+    scale times -32800, or -32896 for int8, and $12 its gain, if any.
 
-    Codes become the second byte of 2^15 as float32: 32768 + 32 + code is read from it, or + 128. One fused
-    multiply-add is then exact, as scales have 11 bits: of (32800 + code) scale - 32800 scale the parts have 27 and 22."""
+    A code becomes the second byte of 2^15 as float32, which reads as 32768 + 32 + code, or + 128. One fused
+    multiply-add is then exact, as scales have 11 bits: of (32800 + code) scale - 32800 scale, parts have 27 and 22."""
     if six:
         low = ("mov.b32 low, $2;", "shr.u32 low, $2, 4;")[quarter % 2]
         high = ("shl.b32 high, $3, 4;", "shl.b32 high, $3, 2;", "mov.b32 high, $3;", "shr.u32 high, $3, 2;")[quarter]
@@ -81,13 +81,12 @@ def few_weights(x, b_low, b_high, b_scale, b_gain, QUARTER: gl.constexpr, SIX: g
 def int6_few_kernel(
     x, codes, scales, gain, out, M, N, K,
     Q: gl.constexpr, SIX: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    CHUNK: gl.constexpr, K_WIDTH: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr,
+    CHUNK: gl.constexpr, K_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """SPLIT times ACROSS warps: the former share columns, CHUNK bytes of a plane's row each, the latter outputs."""
+    """SPLIT warps share the columns, CHUNK bytes of a plane's row each."""
     PLANES: gl.constexpr = 3 if SIX else 1
     QUARTERS: gl.constexpr = 4 if SIX else 1
-    WARPS: gl.constexpr = SPLIT * ACROSS
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, ACROSS], [1, 16, 8])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, K_WIDTH)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, K_WIDTH)
     # [SPLIT, BLOCK_M, CHUNK]
@@ -135,9 +134,9 @@ def int6_few_kernel(
             else:
                 b_odd = mma_v2(b_x[i], b_w[i], b_odd)
     # All parts of an output to one thread, by one trip through shared memory.
-    VEC: gl.constexpr = max(1, BLOCK_M * BLOCK_N // (32 * WARPS))
+    VEC: gl.constexpr = max(1, BLOCK_M * BLOCK_N // (32 * SPLIT))
     LANES: gl.constexpr = min(32, BLOCK_N // VEC)
-    flat: gl.constexpr = gl.BlockedLayout([SPLIT, 1, VEC], [1, 32 // LANES, LANES], [1, WARPS, 1], [2, 1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([SPLIT, 1, VEC], [1, 32 // LANES, LANES], [1, SPLIT, 1], [2, 1, 0])
     b_out = gl.sum(gl.convert_layout(b_even + b_odd, flat), 0)
     o_m = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gl.SliceLayout(0, flat)))[:, None]
     o_n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(0, flat)))[None, :]
@@ -150,14 +149,12 @@ def few_tiles(
     processors: int,
     config: Mapping[str, int],  # of kernels/configs
 ) -> dict[str, int]:
-    """Tiles of a product of so many rows and outputs: about a program a processor, of 8 to WIDEST outputs; a warp takes
-    up to COLUMNS of them."""
+    """Tiles of a product of so many rows and outputs: of 8 to WIDEST outputs, so that the programs of two launches have
+    a processor each."""
     tiles = dict(config)
-    widest, columns = tiles.pop("WIDEST"), tiles.pop("COLUMNS")
-    each = triton.cdiv(count * triton.cdiv(rows, tiles["BLOCK_M"]), processors)
-    tiles["BLOCK_N"] = min(widest, max(8, triton.next_power_of_2(each)))
-    tiles["ACROSS"] = max(1, tiles["BLOCK_N"] // columns)
-    return tiles | {"num_warps": tiles["SPLIT"] * tiles["ACROSS"]}
+    widest = tiles.pop("WIDEST")
+    each = triton.cdiv(2 * count * triton.cdiv(rows, tiles["BLOCK_M"]), processors)
+    return tiles | {"BLOCK_N": min(widest, max(8, triton.next_power_of_2(each))), "num_warps": tiles["SPLIT"]}
 
 
 def launch(
