@@ -462,13 +462,15 @@ class TestGPU:
             starts = (short * torch.arange(shape[1], device="cuda")).to(torch.int32)
         wanted = torch.cat(run_qkv(x, g, starts, *shape[2:], True)[1:], -1).unflatten(-1, (-1, shape[4])).double()
         leaf = x.unflatten(-1, (-1, shape[4])).detach().requires_grad_()
-        out = attention_qkv(leaf, shape[3], starts)
+
+        def step():
+            return torch.autograd.grad(attention_qkv(leaf, shape[3], starts), leaf, g)
 
         def blocks(grad):  # norms over 64 tokens of one head: less is not set to zero, or summed, at once
             return F.pad(grad, (0, 0, 0, 0, 0, -shape[1] % 64)).unflatten(1, (-1, 64)).norm(dim=(2, 4))
 
         bound = 0.05 * blocks(wanted) + 1e-3 * (64 * shape[4]) ** 0.5
-        graph, (found,) = graphed(lambda: torch.autograd.grad(out, leaf, g, retain_graph=True))
+        graph, (found,) = graphed(step)
         for _ in range(20):
             found.fill_(float("nan"))
             graph.replay()
