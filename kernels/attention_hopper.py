@@ -11,8 +11,9 @@ more registers than two programs leave, and ptxas then waits for every single in
 Backward: a program owns 128 keys of one KV head and walks the query tiles of its group's heads. Each of two consumer
 warpgroups owns 64 keys: scores and dP are transposed, so that p and dS feed the products for grad_v and grad_k from
 registers. For D = 64 a third takes dS through shared memory and adds dS K to a float32 buffer of grad_q with vector
-reductions, whose order is not fixed; `finish` rounds it, or in a training step `rotary.py`, behind the head norms. For
-D = 128 the two need its registers: each adds half the dimensions of grad_q. Five products a tile pair; the
+reductions, whose order is not fixed; `finish` rounds it, or in a training step `rotary.py`, behind the head norms. The
+producers of earlier tiles have set it to zero, which costs no time of its own. For D = 128 the two need the third's
+registers: each adds half the dimensions of grad_q, to zeros from before. Five products a tile pair; the
 deterministic path of `attention.py` needs seven.
 """
 
@@ -35,6 +36,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
 NORM_FLOOR = gl.constexpr(1e-12)
 LN2 = gl.constexpr(math.log(2))
+PIECE = gl.constexpr(2048)  # numbers that a producer, one warp, sets to zero at once
+# PTX, lane and all: of a Gluon store ptxas keeps parts in registers, of which the producer has 24, and spills others.
+EMPTY = gl.constexpr(
+    "{ .reg .b32 lane, zero; .reg .b64 to; mov.b32 zero, 0; mov.b32 lane, %laneid; mad.wide.u32 to, lane, 16, $1;\n"
+    + "".join(f"st.global.v4.b32 [to + {4 * i}], {{zero, zero, zero, zero}};\n" for i in range(0, PIECE.value, 128))
+    + "mov.b32 $0, 0; }"
+)
 
 
 @gluon.jit
@@ -290,32 +298,66 @@ def attention_fwd_hopper_kernel(
 
 
 @gluon.jit
+def attention_bwd_place(tile, tiles_n, kv_heads, chunk):
+    """Tile number -> KV head, of those of all rows, and tile of keys: most work first within a chunk of heads."""
+    first = (tile // (chunk * tiles_n)) * chunk
+    width = gl.minimum(chunk, kv_heads - first)
+    rest = tile % (chunk * tiles_n)
+    return first + rest % width, rest // width
+
+
+@gluon.jit
+def attention_bwd_empty(p_gq, piece):
+    p_piece = (p_gq + piece.to(gl.int64) * PIECE).to(gl.int64)
+    gl.inline_asm_elementwise(EMPTY, "=r,l", [p_piece], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def attention_bwd_produce(
-    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
-    T, T_PAD, H, G, kv_heads, chunk, tiles,
+    d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, counter, buffers, barriers,
+    T, T_PAD, H, G, kv_heads, chunk, ahead, tiles,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
-    """Take tiles from the shared counter, most work first within a chunk of heads; tell the other partitions the batch
-    (-1 after the last tile), KV head, first key and end of the query tiles; copy."""
+    """Take tiles from the shared counter; tell the other partitions the batch (-1 after the last tile), KV head, first
+    key and end of the query tiles; copy.
+
+    Where `ahead` is given, the sums of grad_q of all but the first `ahead` KV heads hold anything on entry. Each tile,
+    in between its copies, sets to zero a share of those of the KV head `ahead` behind its own and, at its end, counts
+    the share in that head's counter, behind the counter of tiles. A tile waits until all shares of its head are
+    counted: only for tiles taken before it, by programs that run, and so long before that there is hardly ever anything
+    to wait for. Its publishing passes on to the other partitions what it has seen."""
     s_q, s_gy, s_lse, s_delta, s_starts, s_k, s_v, _s_ds, s_tile = buffers
     q_full, q_empty, gy_full, gy_empty, kv_full, kv_empty, _ds_full, _ds_empty, tile_full, tile_empty = barriers
     step = 0
     turn = 0
     tiles_n = gl.cdiv(T, 2 * ROWS)
     blocks = gl.cdiv(T, ROWS)
-    tile = gl.program_id(0)
+    pieces = GROUP * blocks * (ROWS * D // PIECE)  # of the sums of one KV head
+    share = gl.cdiv(pieces, tiles_n)
+    tile = gl.atomic_add(counter, 1, sem="relaxed")
     while tile < tiles:
-        first = (tile // (chunk * tiles_n)) * chunk
-        width = gl.minimum(chunk, kv_heads - first)
-        rest = tile % (chunk * tiles_n)
-        batch = (first + rest % width) // G
-        kv_head = (first + rest % width) % G
-        n_first = (rest // width) * 2 * ROWS
+        place, tile_n = attention_bwd_place(tile, tiles_n, kv_heads, chunk)
+        batch = place // G
+        kv_head = place % G
+        n_first = tile_n * 2 * ROWS
         end = blocks
         if DOCUMENTS:
             last = (gl.minimum(n_first + 2 * ROWS, T) - 1) // ROWS
             end = gl.cdiv(gl.load(document_ends + (batch.to(gl.int64) * blocks + last) * 2 + 1), ROWS)
+        if ahead is not None:  # noqa: SIM102 (a compile-time condition)
+            if place >= ahead:
+                done = gl.atomic_add(counter + 1 + place, 0, sem="acquire")
+                while done < tiles_n:
+                    done = gl.atomic_add(counter + 1 + place, 0, sem="acquire")
         publish(s_tile, tile_full, tile_empty, turn, batch, kv_head, n_first, end)
+        if ahead is not None:
+            later = tile + ahead * tiles_n
+            piece = 0
+            last_piece = 0
+            if later < tiles:
+                place, tile_n = attention_bwd_place(later, tiles_n, kv_heads, chunk)
+                piece = place * pieces + tile_n * share
+                last_piece = place * pieces + gl.minimum((tile_n + 1) * share, pieces)
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, 2 * 2 * ROWS * D * 2)
         tma.async_copy_global_to_shared(d_k, [batch, n_first, kv_head, 0], kv_full, s_k)
@@ -342,7 +384,18 @@ def attention_bwd_produce(
                 )
                 tma.async_copy_global_to_shared(d_delta, [row + m * ROWS], gy_full.index(stage), s_delta.index(stage))
                 step += 1
-        tile = gl.atomic_add(counter, 1) + gl.num_programs(0)
+                if ahead is not None:  # noqa: SIM102 (a compile-time condition)
+                    if piece < last_piece:
+                        attention_bwd_empty(p_gq, piece)
+                        piece += 1
+        if ahead is not None:
+            for left in range(piece, last_piece):
+                attention_bwd_empty(p_gq, left)
+            if later < tiles:
+                gl.thread_barrier()
+                gl.atomic_add(counter + 1 + attention_bwd_place(later, tiles_n, kv_heads, chunk)[0], 1, sem="release")
+        # Claimed only now, so that no program holds a tile that an idle one could take.
+        tile = gl.atomic_add(counter, 1, sem="relaxed")
     publish(s_tile, tile_full, tile_empty, turn, gl.to_tensor(-1), 0, 0, gl.to_tensor(0))
 
 
@@ -627,7 +680,7 @@ def attention_bwd_add_dq(
 @gluon.jit
 def attention_bwd_hopper_kernel(
     d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, p_gk, p_gv, row_scale, counter, stride_grad_kv,
-    T, T_PAD, H, G, kv_heads, chunk, tiles, scale, scale_log2,
+    T, T_PAD, H, G, kv_heads, chunk, ahead, tiles, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_q.dtype
@@ -686,8 +739,8 @@ def attention_bwd_hopper_kernel(
                 (attention_bwd_add_dq, (buffers, barriers, p_gq, T, H, GROUP, D, SLOTS, DOCUMENTS)),
                 (
                     attention_bwd_produce,
-                    (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
-                     T, T_PAD, H, G, kv_heads, chunk, tiles, GROUP, D, STAGES, DOCUMENTS),
+                    (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, counter, buffers, barriers,
+                     T, T_PAD, H, G, kv_heads, chunk, ahead, tiles, GROUP, D, STAGES, DOCUMENTS),
                 ),
             ],
             [4, 4, 1],
@@ -708,8 +761,8 @@ def attention_bwd_hopper_kernel(
                 ),
                 (
                     attention_bwd_produce,
-                    (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, counter, buffers, barriers,
-                     T, T_PAD, H, G, kv_heads, chunk, tiles, GROUP, D, STAGES, DOCUMENTS),
+                    (d_q, d_k, d_v, d_gy, d_lse, d_delta, d_starts, document_ends, p_gq, counter, buffers, barriers,
+                     T, T_PAD, H, G, kv_heads, chunk, ahead, tiles, GROUP, D, STAGES, DOCUMENTS),
                 ),
             ],
             [4, 1],
@@ -774,14 +827,25 @@ def backward(
     batch, length, heads, dim = q.shape
     kv = k.shape[2]
     config = dict(config)
-    # Behind the sums the tile counter.
-    sums = torch.zeros(batch * heads * triton.cdiv(length, 64) * 64 * dim + 4, dtype=torch.float32, device=q.device)
-    tiles = triton.cdiv(length, 128) * batch * kv
+    chunk = config.pop("chunk")
+    tiles_n = triton.cdiv(length, 128)
+    tiles = tiles_n * batch * kv
+    # Counters, whole lines of them, and the sums. At zero begin the former and the sums of `ahead` KV heads, or of all:
+    # tiles that set the others to zero are as many as the configuration says, or more, before those that add to them.
+    ahead = batch * kv
+    inside = "ahead" in config
+    if inside:
+        ahead = min(chunk * (1 + triton.cdiv(config.pop("ahead"), chunk * tiles_n)), ahead)
+    counters = triton.cdiv(1 + batch * kv, 128) * 128
+    sums_of_kv = heads // kv * triton.cdiv(length, 64) * 64 * dim
+    room = torch.empty(counters + batch * kv * sums_of_kv, dtype=torch.float32, device=q.device)
+    room[: counters + ahead * sums_of_kv].zero_()
+    sums = room[counters:]
     starts = None if document_starts is None else _flat(document_starts, 64)
     attention_bwd_hopper_kernel[(min(tiles, processors),)](
         _rows(q, 64), _rows(k, 128), _rows(v, 128), _rows(grad_y, 64), _flat(lse, 64), _flat(delta, 64), starts,
-        document_ends, sums, grad_k, grad_v, row_scale, sums[-4:].view(torch.int32), grad_k.stride(1),
-        length, lse.shape[-1], heads, kv, batch * kv, config.pop("chunk"), tiles,
+        document_ends, sums, grad_k, grad_v, row_scale, room[:counters].view(torch.int32), grad_k.stride(1),
+        length, lse.shape[-1], heads, kv, batch * kv, chunk, ahead if inside else None, tiles,
         1.0 / math.sqrt(dim), math.log2(math.e) / math.sqrt(dim),
         GROUP=heads // kv, D=dim, DOCUMENTS=document_starts is not None, **config,
     )  # fmt: skip

@@ -306,6 +306,7 @@ def test_hopper_kernels_compile(name, dim, documents):
     config = dict(configs("h100")["attention"][str(dim)][name])
     programs = config.pop("programs", 1)  # on one processor
     del config["chunk"]
+    ahead = config.pop("ahead", None)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     rows, keys = (f"tensordesc<bf16[1, {n}, 1, {dim}],{layout!r}>" for n in (64, config.get("BLOCK_N", 128)))
@@ -318,6 +319,7 @@ def test_hopper_kernels_compile(name, dim, documents):
         constants |= {"HEADS": 2}
     else:
         kernel, limit = hopper.attention_bwd_hopper_kernel, 96  # scalars that the inner loop does without
+        descriptors["ahead"] = ahead and "i32"
     if not documents:
         constants["d_starts"] = None
     built = compile_for_h100(kernel, TYPES | descriptors, constants, config)
@@ -329,6 +331,7 @@ def test_hopper_kernels_compile(name, dim, documents):
     assert built.sass.count("WARPGROUP.ARRIVE") < built.sass.count("HGMMA") / 3
     if name == "backward_hopper":
         assert "ADD.F32x4" in built.sass
+        assert ("STG.E.128" in built.sass) == bool(ahead)  # of zeros, by the producer; all other stores are narrower
 
 
 # -------------------------------------------------------------------------------------------------------- on a GPU
@@ -448,6 +451,30 @@ class TestGPU:
             assert torch.equal(out, eager[0])
             found, wanted = static.grad, torch.cat(eager[1:], -1)
             assert torch.equal(found, wanted) if deterministic else error(found, wanted.double()) < 2e-3
+
+    @pytest.mark.parametrize("shape", [(48, 2048, 8, 4, 64), (40, 1100, 6, 2, 64), (96, 200, 4, 4, 64)])
+    @pytest.mark.parametrize("documents", [None, 0.002, "halves"])
+    def test_sums_that_begin_as_anything(self, shape, documents, poisoned):
+        """Tiles set the sums of later tiles to zero: never too late, whatever stood there, however short they are."""
+        x, g, starts = make(*shape, torch.bfloat16, "cuda", None if documents == "halves" else documents)
+        if documents == "halves":  # rows of one document and rows of the shortest, so that programs drift apart
+            short = torch.arange(shape[0], device="cuda")[:, None] // 3 % 2
+            starts = (short * torch.arange(shape[1], device="cuda")).to(torch.int32)
+        wanted = torch.cat(run_qkv(x, g, starts, *shape[2:], True)[1:], -1).unflatten(-1, (-1, shape[4])).double()
+        leaf = x.unflatten(-1, (-1, shape[4])).detach().requires_grad_()
+
+        def step():
+            return torch.autograd.grad(attention_qkv(leaf, shape[3], starts), leaf, g)
+
+        def blocks(grad):  # norms over 64 tokens of one head: less is not set to zero, or summed, at once
+            return F.pad(grad, (0, 0, 0, 0, 0, -shape[1] % 64)).unflatten(1, (-1, 64)).norm(dim=(2, 4))
+
+        bound = 0.05 * blocks(wanted) + 1e-3 * (64 * shape[4]) ** 0.5
+        graph, (found,) = graphed(step)
+        for _ in range(20):
+            found.fill_(float("nan"))
+            graph.replay()
+            assert (blocks(found.double() - wanted) <= bound).all()
 
     def test_offsets_past_two_to_the_31(self):
         """The last of many rows, more than 2**31 elements into every tensor, agrees with the same row alone."""
