@@ -366,7 +366,7 @@ class TestGPU:
         tanh = torch.tanh(x.double() @ weight.double().T / SOFTCAP)
         truth = (SOFTCAP * tanh).exp()
         assert error(sums, truth.unflatten(1, (-1, 128)).sum(2).T) < 1e-5
-        assert error(e, truth * (1 - tanh * tanh) / 4) < 2**-9
+        assert error(e, truth * (1 - tanh * tanh) / 4) < 2**-8
         alone, again = module.softcap_forward(x, weight, factors, False)
         assert alone.numel() == 0
         assert torch.equal(again, sums)
