@@ -5,6 +5,7 @@
     down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
     up_backward      dx = dy + du up - c_m x                              du (M, F), up (F, D), x (M, D)
     qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
+    softcap_forward  e s (1 - s) of x w^T and sums of e                   x (M, D), w (V, D); e, s: `cross_entropy.py`
     up_forward_fp8   f_n s and, in e4m3, a8 = s / 448^3, s = square(leaky_relu(x8 up8^T, 0.5)), f of columns
     product_add_fp8  out = x + (y8 w8^T) f_n                              x8, up8, y8, w8 and factors as in `mlp.py`
 
@@ -36,7 +37,7 @@ import triton.language as tl
 
 from kernels import matmul_hopper, rotary
 from kernels.launch import DTYPES, expect, gpu, settings
-from kernels.matmul_epilogue import activation_fp8, matmul_epilogue, row_terms
+from kernels.matmul_epilogue import activation_fp8, matmul_epilogue, row_terms, softcap_gradient
 from kernels.reference import RMS_EPS
 
 _RMS_EPS = tl.constexpr(RMS_EPS)
@@ -45,7 +46,7 @@ _RMS_EPS = tl.constexpr(RMS_EPS)
 # ------------------------------------------------------------------------------------------------ portable kernel
 @triton.jit
 def matmul_kernel(
-    x, w, out, small, extra, other, row_scale, column_scale, sums, M, N, K, stride_wn, stride_wk,
+    x, w, out, small, extra, other, row_scale, column_scale, sums, own, M, N, K, stride_xm, stride_wn, stride_wk,
     EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -57,7 +58,7 @@ def matmul_kernel(
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         # [BLOCK_M, BLOCK_K]
-        b_x = tl.load(x + o_row * K + o_k[None, :], mask=m_m & (o_k[None, :] < K), other=0.0)
+        b_x = tl.load(x + o_row * stride_xm + o_k[None, :], mask=m_m & (o_k[None, :] < K), other=0.0)
         # [BLOCK_K, BLOCK_N]
         b_w = tl.load(w + o_k[:, None] * stride_wk + o_n[None, :] * stride_wn, mask=(o_k[:, None] < K) & m_n, other=0.0)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
@@ -75,12 +76,17 @@ def matmul_kernel(
     if EPILOGUE == "activation_fp8":
         b_out, b_small = activation_fp8(b_acc, b_scale, out.dtype.element_ty)
         tl.store(small + o_row * N + o_n[None, :], b_small, mask=m_m & m_n)
+    elif EPILOGUE == "softcap":
+        b_out, b_terms = softcap_gradient(b_acc, own, x.dtype.element_ty)
+        b_terms = tl.where(m_n, b_terms, 0.0)
     else:
         b_out = matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE, out.dtype.element_ty)
-    tl.store(out + o_row * N + o_n[None, :], b_out, mask=m_m & m_n)
+    if out is not None:
+        tl.store(out + o_row * N + o_n[None, :], b_out, mask=m_m & m_n)
     if sums is not None:
-        p_sums = sums + tl.program_id(0) % tiles_n * M + o_m
-        tl.store(p_sums, tl.sum(row_terms(b_acc, b_extra, b_out, EPILOGUE), 1), mask=o_m < M)
+        if EPILOGUE != "softcap":
+            b_terms = row_terms(b_acc, b_extra, b_out, EPILOGUE)
+        tl.store(sums + tl.program_id(0) % tiles_n * M + o_m, tl.sum(b_terms, 1), mask=o_m < M)
 
 
 @triton.jit
@@ -117,21 +123,24 @@ def _product(
     dtype: torch.dtype | None = None,  # of the result; default: that of x
     column_scale: torch.Tensor | None = None,  # (N,) float32
     small: torch.Tensor | None = None,  # (M, N) e4m3, written
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N), sums (parts, M) float32
+    own: tuple | None = None,  # of the epilogue "softcap"
+    keep: bool = True,  # the result and not its sums alone
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N) or, where not kept, (0, N); sums (parts, M) float32
     (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
-    out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=x.device)
+    out = torch.empty((rows if keep else 0, columns), dtype=dtype or x.dtype, device=x.device)
+    written = out if keep else None
     sums = torch.empty((parts_of(columns), rows), dtype=torch.float32, device=x.device) if leave_sums else None
     configs = settings("matmul", x.device)
     assert not leave_sums or {config.get("BLOCK_N", 128) for config in configs.values()} == {128}  # parts_of
-    if "streaming" in configs and matmul_hopper.copyable(x, w, out, extra, small):
+    if "streaming" in configs and matmul_hopper.copyable(x, w, written, extra, small):
         beside, processors = (other, row_scale, column_scale, sums), gpu(x.device)[1]
-        matmul_hopper.launch(x, w, out, extra, beside, epilogue, transposed, configs, processors, small=small)
+        matmul_hopper.launch(x, w, written, extra, beside, epilogue, transposed, configs, processors, own, small=small)
         return out, sums
     portable = configs["portable"]
     grid = (triton.cdiv(rows, portable["BLOCK_M"]) * triton.cdiv(columns, portable["BLOCK_N"]),)
     matmul_kernel[grid](
-        x, w, out, small, extra, other, row_scale, column_scale, sums, rows, columns, inner,
-        *(w.stride() if transposed else w.stride()[::-1]), EPILOGUE=epilogue, **portable,
+        x, w, written, small, extra, other, row_scale, column_scale, sums, own, rows, columns, inner,
+        x.stride(0), *(w.stride() if transposed else w.stride()[::-1]), EPILOGUE=epilogue, **portable,
     )  # fmt: skip
     return out, sums
 
@@ -219,6 +228,31 @@ def up_backward(
     return _product(du, up, "norm", False, extra=dy, other=x, row_scale=factor)[0]
 
 
+def softcap_fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a GPU has softcap_forward for such rows and head: as dtype, shapes, strides and device say it."""
+    resident = settings("matmul", x.device).get("resident")
+    return (
+        resident is not None
+        and x.dtype == torch.bfloat16  # fp16 holds no exp(64)
+        and matmul_hopper.fits(x.shape[1], resident)
+        and weight.shape[0] % resident["BLOCK_N"] == 0
+        and x.shape[1] % 8 == 0
+        and x.stride(0) % 8 == 0
+    )
+
+
+def softcap_forward(
+    x: torch.Tensor,  # (M, D), the last dimension contiguous
+    weight: torch.Tensor,  # (V, D)
+    factors: tuple[float, float],  # -2 log2(e) / K, K log2(e)
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (M, V) or, without gradient, (0, V); (parts, M) float32
+    """exp(c) s (1 - s) of the logits x weight^T, and sums of exp(c) over 128 columns each."""
+    numerators, sums = _product(x, weight, "softcap", leave_sums=True, own=factors, keep=gradient)
+    assert sums is not None
+    return numerators, sums
+
+
 def qkv_forward(
     x: torch.Tensor,  # (M, D)
     weight: torch.Tensor,  # ((H + 2G) d, D): rows of q, then k, then v
@@ -246,7 +280,7 @@ def qkv_forward(
     inv_rms = torch.empty((x.shape[0], heads + kv_heads), dtype=torch.float32, device=x.device)
     matmul_hopper.launch(
         x, weight, qkv.flatten(1), None, (None, row_scale, None, None), "heads", True, configs, gpu(x.device)[1],
-        heads=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
+        own=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
     )  # fmt: skip
     return qkv, inv_rms
 

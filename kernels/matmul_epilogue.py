@@ -22,6 +22,21 @@ def row_terms(b_acc, b_extra, b_out, EPILOGUE: tl.constexpr):
 
 
 @triton.jit
+def softcap_exponential(b_a, sigmoid_log2, softcap_log2):
+    """s and exp(c) of raw logits a, as `cross_entropy.py` names them; the factors are -2 log2(e) / K and K log2(e)."""
+    b_s = 1.0 / (1.0 + tl.exp2(b_a.to(tl.float32) * sigmoid_log2))
+    return b_s, tl.exp2(b_s * (2.0 * softcap_log2) - softcap_log2)
+
+
+@triton.jit
+def softcap_gradient(b_a, factors, dtype: tl.constexpr):
+    """exp(c) s (1 - s), and exp(c) in float32."""
+    sigmoid_log2, softcap_log2 = factors
+    b_s, b_e = softcap_exponential(b_a, sigmoid_log2, softcap_log2)
+    return (b_e * (b_s - b_s * b_s)).to(dtype), b_e
+
+
+@triton.jit
 def sign_in_last_bit(b_value, b_signed, dtype: tl.constexpr):
     """Round value >= 0 to the nearest number of dtype whose last mantissa bit is the sign bit of signed, a float32."""
     b_sign = b_signed.to(tl.int32, bitcast=True) >> 15 & 0x10000

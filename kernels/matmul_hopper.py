@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.matmul_epilogue import activation_fp8, matmul_epilogue, row_terms
+from kernels.matmul_epilogue import activation_fp8, matmul_epilogue, row_terms, softcap_gradient
 from kernels.reference import RMS_EPS
 
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
@@ -93,8 +93,15 @@ def load_column_scale(column_scale, n_first, N, layout: gl.constexpr):
 
 
 @gluon.jit
+def store_sums(sums, b_terms, m_first, n_first, M):
+    """Sums over the columns of a tile."""
+    o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, b_terms.type.layout))
+    gl.store(sums + n_first // b_terms.shape[1] * M + o_m, gl.sum(b_terms, 1), mask=o_m < M)
+
+
+@gluon.jit
 def matmul_finish(
-    b_acc, b_other, b_scale, sums, heads, d_out, d_extra, d_small, s_tile, s_small, extra_full, extra_empty, turn,
+    b_acc, b_other, b_scale, sums, own, d_out, d_extra, d_small, s_tile, s_small, extra_full, extra_empty, turn,
     m_first, n_first, M, EPILOGUE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Epilogue of one tile, in the layout of its accumulators; `extra` was copied to where the result is written."""
@@ -106,21 +113,23 @@ def matmul_finish(
         mbarrier.wait(extra_full, turn & 1)
         b_extra = s_tile.load(layout)
     if EPILOGUE == "heads":
-        b_out = matmul_heads(b_acc, b_scale, heads, m_first, n_first, M, HALF, s_tile.dtype)
+        b_out = matmul_heads(b_acc, b_scale, own, m_first, n_first, M, HALF, s_tile.dtype)
     elif EPILOGUE == "activation_fp8":
         b_out, b_small = activation_fp8(b_acc, b_scale, s_tile.dtype)
         s_small.store(b_small)
+    elif EPILOGUE == "softcap":
+        b_out, b_e = softcap_gradient(b_acc, own, s_tile.dtype)
+        store_sums(sums, b_e, m_first, n_first, M)
     else:
         b_out = matmul_epilogue(b_acc, b_extra, b_other, b_scale, EPILOGUE, s_tile.dtype)
-    s_tile.store(b_out)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(d_out, [m_first, n_first], s_tile)
+    if d_out is not None:
+        s_tile.store(b_out)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(d_out, [m_first, n_first], s_tile)
     if d_small is not None:
         tma.async_copy_shared_to_global(d_small, [m_first, n_first], s_small)
-    if sums is not None:
-        o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        p_sums = sums + n_first // b_acc.shape[1] * M + o_m
-        gl.store(p_sums, gl.sum(row_terms(b_acc, b_extra, b_out, EPILOGUE), 1), mask=o_m < M)
+    if sums is not None and EPILOGUE != "softcap":
+        store_sums(sums, row_terms(b_acc, b_extra, b_out, EPILOGUE), m_first, n_first, M)
     if d_extra is not None:
         tma.store_wait(0)
         mbarrier.arrive(extra_empty, count=1)
@@ -170,7 +179,7 @@ def resident_fetch(
 
 @gluon.jit
 def resident_consume(
-    d_out, d_extra, d_small, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n, ranges,
+    d_out, d_extra, d_small, buffers, barriers, beside, own, M, N, tiles_m, tiles_n, ranges,
     INDEX: gl.constexpr, EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr,
     STEPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -212,7 +221,7 @@ def resident_consume(
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         matmul_finish(
-            b_acc, b_other, b_scale, sums, heads, d_out, d_extra, d_small, s_out.index(INDEX), s_small.index(INDEX),
+            b_acc, b_other, b_scale, sums, own, d_out, d_extra, d_small, s_out.index(INDEX), s_small.index(INDEX),
             extra_full.index(INDEX), extra_empty.index(INDEX), turn, tile * ROWS, n_first, M, EPILOGUE, HALF,
         )  # fmt: skip
         turn += 1  # noqa: SIM113 - Triton has no enumerate
@@ -221,7 +230,7 @@ def resident_consume(
 
 @gluon.jit
 def matmul_resident_kernel(
-    d_x, d_w, d_out, d_extra, d_small, beside, heads, M, N, tiles_m, tiles_n, ranges,
+    d_x, d_w, d_out, d_extra, d_small, beside, own, M, N, tiles_m, tiles_n, ranges,
     EPILOGUE: gl.constexpr, HALF: gl.constexpr, TRANSPOSED: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -232,7 +241,9 @@ def matmul_resident_kernel(
     else:
         s_w = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_K, BLOCK_N], d_w.layout)
     s_x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], d_x.layout)
-    s_out = gl.allocate_shared_memory(d_out.dtype, [2, ROWS, BLOCK_N], d_out.layout)
+    s_out = s_x  # as good as any where nothing is written
+    if d_out is not None:
+        s_out = gl.allocate_shared_memory(d_out.dtype, [2, ROWS, BLOCK_N], d_out.layout)
     s_small = s_out  # as good as any where there is none
     if d_small is not None:
         s_small = gl.allocate_shared_memory(d_small.dtype, [2, ROWS, BLOCK_N], d_small.layout)
@@ -255,9 +266,9 @@ def matmul_resident_kernel(
     barriers = (w_full, full, empty, extra_full, extra_empty, order)
     gl.warp_specialize(
         [
-            (resident_consume, (d_out, d_extra, d_small, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n,
+            (resident_consume, (d_out, d_extra, d_small, buffers, barriers, beside, own, M, N, tiles_m, tiles_n,
                                 ranges, 0, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
-            (resident_consume, (d_out, d_extra, d_small, buffers, barriers, beside, heads, M, N, tiles_m, tiles_n,
+            (resident_consume, (d_out, d_extra, d_small, buffers, barriers, beside, own, M, N, tiles_m, tiles_n,
                                 ranges, 1, EPILOGUE, HALF, TRANSPOSED, STEPS, BLOCK_N, STAGES)),
             (resident_produce, (d_x, d_w, buffers, barriers, tiles_m, tiles_n, ranges,
                                 TRANSPOSED, STEPS, BLOCK_N, BLOCK_K, STAGES)),
@@ -428,12 +439,13 @@ def fits(inner: int, config: dict) -> bool:
 
 def launch(
     x, w, out, extra, beside: tuple, epilogue: str, transposed: bool, configs: dict, processors: int,
-    heads=None, half=0, small=None,
+    own=None, half=0, small=None,
 ) -> None:  # fmt: skip
     """beside: `other`, `row_scale` and `column_scale`, which the epilogue reads, and the `sums` that it writes, each or
-    None. small: an e4m3 copy of `out`, to be written, or None."""
+    None. own: what only the epilogues "heads" and "softcap" take; they are of resident products alone. small: an e4m3
+    copy of `out`, to be written, or None. out: None where sums are all that is wanted."""
     _bind(x.device)
-    (rows, inner), columns = x.shape, out.shape[1]
+    (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
     resident = fits(inner, configs["resident"])
     config = configs[("resident" if resident else "streaming") + ("_fp8" if x.element_size() == 1 else "")]
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
@@ -445,7 +457,7 @@ def launch(
         tiles_m = triton.cdiv(rows, 64)
         ranges = min(max(processors // tiles_n, 1), tiles_m)
         matmul_resident_kernel[(tiles_n * ranges,)](
-            _blocks(x, 64, block_k), w_blocks, *written, beside, heads,
+            _blocks(x, 64, block_k), w_blocks, *written, beside, own,
             rows, columns, tiles_m, tiles_n, ranges, HALF=half, STEPS=steps, **options,
         )  # fmt: skip
         return

@@ -225,7 +225,7 @@ EPILOGUES = {  # transposed weight; what is read and written beside
 @pytest.mark.parametrize("epilogue", [name for name in EPILOGUES if name != "heads"])
 def test_portable_products_compile(epilogue, gpu_name):
     absent = {"extra", "other", "row_scale", "sums"} - EPILOGUES[epilogue][1]
-    constants = {"EPILOGUE": epilogue} | dict.fromkeys(absent | {"column_scale", "small"})
+    constants = {"EPILOGUE": epilogue} | dict.fromkeys(absent | {"column_scale", "small", "own"})
     types = {"row_scale": "*fp32", "sums": "*fp32"} | dict.fromkeys(("stride_wn", "stride_wk"), "i32")
     built = compile_for_h100(matmul_kernel, types, constants, configs(gpu_name)["matmul"]["portable"])
     assert built.registers <= 255
@@ -255,9 +255,9 @@ def test_hopper_products_compile(name, epilogue):
     if name == "resident":
         constants |= {"STEPS": 8, "HALF": 8}
         if epilogue == "heads":
-            types["heads"] = (*["*fp32"] * 4, *["i32"] * 3)
+            types["own"] = (*["*fp32"] * 4, *["i32"] * 3)
         else:
-            constants["heads"] = None
+            constants["own"] = None
     built = compile_for_h100(getattr(matmul_hopper, f"matmul_{name}_kernel"), types, constants, config)
     assert built.stack <= (8 if (name, epilogue) == ("resident", "norm") else 0)  # outside the loop
     assert built.shared <= 227 * 1024
@@ -274,7 +274,7 @@ def test_hopper_products_compile(name, epilogue):
 def test_portable_fp8_products_compile(epilogue):
     e4m3, floats = "*fp8e4nv", "*fp32"
     types = {"x": e4m3, "w": e4m3, "small": e4m3, "column_scale": floats, "stride_wn": "i32", "stride_wk": "i32"}
-    absent = {"other", "row_scale", "sums", "small" if epilogue == "residual" else "extra"}
+    absent = {"other", "row_scale", "sums", "own", "small" if epilogue == "residual" else "extra"}
     config = configs("generic")["matmul"]["portable"]
     built = compile_for_h100(matmul_kernel, types, {"EPILOGUE": epilogue} | dict.fromkeys(absent), config)
     assert built.registers <= 255
@@ -313,7 +313,7 @@ def test_hopper_fp8_products_compile(name, epilogue):
     types["beside"] = (None, None, "*fp32", None)
     constants = {"EPILOGUE": epilogue, "TRANSPOSED": True, absent: None}
     if name == "resident":
-        constants |= {"STEPS": 4, "HALF": 0, "heads": None}
+        constants |= {"STEPS": 4, "HALF": 0, "own": None}
     built = compile_for_h100(getattr(matmul_hopper, f"matmul_{name}_kernel"), types, constants, config)
     assert built.stack == 0
     assert built.shared <= 227 * 1024
