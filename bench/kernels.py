@@ -276,8 +276,9 @@ def attention_input_workload(case: str, small: bool, tokens: Tensor | None) -> W
 
 
 def attention_layer_workload(case: str, small: bool, tokens: Tensor | None) -> Workload:
-    """What training calls; `triton-apart`: its two ops, one after the other, as before they were one."""
+    """What training calls; `triton-apart`: its three ops, one after the other, as before they were one."""
     inputs = attention_input_workload(case, small, tokens).inputs
+    inputs = *inputs[:5], random(512, 512, scale=512**-0.5), *inputs[5:]
     rows = inputs[0].size(0)
     cos, sin = reference.rotary_table(LENGTH, 16, 1e4, LENGTH, DEVICE)
     starts = exact_mask = peer_mask = None
@@ -290,19 +291,20 @@ def attention_layer_workload(case: str, small: bool, tokens: Tensor | None) -> W
         peer_mask, seen = compiled_attention_mask(first), seen - starts
 
     def call(op: Function, mask: Any) -> Function:
-        def run(x: Tensor, x0: Tensor, mix: Tensor, weight: Tensor, gain: Tensor, *skip: Tensor) -> Any:
-            return op(x, x0, mix, skip or None, weight, gain, cos, sin, 0.5, mask)
+        def run(x: Tensor, x0: Tensor, mix: Tensor, weight: Tensor, gain: Tensor, output: Tensor, *skip: Tensor) -> Any:
+            y, _, *others = op(x, x0, mix, skip or None, weight, gain, cos, sin, 0.5, output, mask)
+            return y, *others
 
         return run
 
     apart, peer = (
         partial(reference.attention_layer, parts=parts)
         for parts in (
-            (attention_input.attention_input, attention.attention_qkv),
-            (reference.attention_input, compiled_attention_qkv),
+            (attention_input.attention_input, attention.attention_qkv, matmul.linear_add),
+            (reference.attention_input, compiled_attention_qkv, reference.linear_add),
         )
     )
-    product, attended = 2.0 * inputs[0].numel() * 1024, 4.0 * 512 * int(seen.sum())
+    product, attended = 2.0 * inputs[0].numel() * (1024 + 512), 4.0 * 512 * int(seen.sum())
     return Workload(
         inputs,
         call(reference.attention_layer, exact_mask),

@@ -145,21 +145,24 @@ class GPT(nn.Module):
 
             inputs = x, x0, mix[i], skip, qkv[i], gain[i], *rotary, layer_scale
             tail = last if last and last < tokens.size(1) and virtual == len(depth) - 1 else None
-            # Its backward would add up in no fixed order, so what is differentiated goes through the ops.
-            if tail and not torch.is_grad_enabled():
+            if tail or tap:
                 heads, x, x0, before = ops.attention_input(*inputs)
-                y = reference.attention_tail(heads, config.num_kv_heads, tail, starts)
+                # Its backward would add up in no fixed order, so what is differentiated goes through the ops.
+                if tail and not torch.is_grad_enabled():
+                    y = reference.attention_tail(heads, config.num_kv_heads, tail, starts)
+                else:
+                    y = ops.attention(heads, config.num_kv_heads, mask)
+                y = y.flatten(2)
+                if tail:
+                    x, y = x[:, -tail:].contiguous(), y[:, -tail:].contiguous()
+                if tap:
+                    tap("qkv", i, reference.rms_norm(x, layer_scale))
+                    tap("o", i, y)
+                x, squares = ops.linear_add(x, y, o[i])
             else:
-                y, x, x0, before = ops.attention_layer(*inputs, mask)
+                x, squares, x0, before = ops.attention_layer(*inputs, o[i], mask)
             if 0 < virtual < half:
                 saved.append(before)
-            y = y.flatten(2)
-            if tail:
-                x, y = x[:, -tail:].contiguous(), y[:, -tail:].contiguous()
-            if tap:
-                tap("qkv", i, reference.rms_norm(x, layer_scale))
-                tap("o", i, y)
-            x, squares = ops.linear_add(x, y, o[i])
 
             if tap:
                 h = reference.rms_norm(x, layer_scale)

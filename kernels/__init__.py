@@ -40,7 +40,7 @@ class KernelError(ValueError):
 class Ops:
     """One implementation of every op. `names` says which; `graph` compiles a function of ops, or leaves it alone.
 
-    fused_layer: attention_input and attention in one, where one implementation has both.
+    fused_layer: attention_input, attention and linear_add in one, where one implementation has all.
     """
 
     embed: Op
@@ -64,8 +64,8 @@ class Ops:
     names: dict[str, str]
 
     def attention_layer(self, *inputs: Any) -> Any:
-        """reference.attention_layer, of the arguments of attention_input and the mask."""
-        composed = partial(reference.attention_layer, parts=(self.attention_input, self.attention))
+        """reference.attention_layer, of the arguments of attention_input, the output matrix and the mask."""
+        composed = partial(reference.attention_layer, parts=(self.attention_input, self.attention, self.linear_add))
         return (self.fused_layer or composed)(*inputs)
 
     @property
@@ -225,7 +225,7 @@ def select(choice: str, device: torch.device) -> Ops:
     tables = {implementation: IMPLEMENTATIONS[implementation](device) for implementation in set(chosen.values())}
     table = {op: tables[implementation][op] for op, implementation in chosen.items()}
     fused: Op | None = None
-    if chosen["attention_input"] == chosen["attention"] == "triton":
+    if {chosen[op] for op in ("attention_input", "attention", "linear_add")} == {"triton"}:
         from kernels import attention_input
 
         fused = attention_input.attention_layer

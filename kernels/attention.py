@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import attention_hopper
+from kernels import attention_hopper, matmul
 from kernels.launch import DTYPES, HEAD_DIMS, expect_one_gpu, gpu, settings
 
 LOG2E = math.log2(math.e)
@@ -151,12 +151,12 @@ def attention_fwd_kernel(
 
 @triton.jit
 def attention_bwd_prepare_kernel(
-    g, v, document_starts, z, s, grad_y, delta, grad_v, document_ends,
+    g, v, z, s, grad_y, delta, grad_v,
     stride_gb, stride_gt, stride_gh, stride_vb, stride_vt, stride_vh, stride_grad_v,
     T, T_PAD, H, G,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, DOCUMENTS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Back through XSA: grad_y, delta, XSA's part of grad_v; and where the documents of this block's keys end."""
+    """Back through XSA: grad_y, delta, XSA's part of grad_v."""
     batch = (tl.program_id(0) // G).to(tl.int64)
     kv_head = (tl.program_id(0) % G).to(tl.int64)
     o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -192,21 +192,24 @@ def attention_bwd_prepare_kernel(
     p_gv = grad_v + (batch * T + o_t64[:, None]) * stride_grad_v + kv_head * D + o_d[None, :]
     tl.store(p_gv, b_x.to(grad_v.dtype.element_ty), mask=m_t[:, None])
 
-    if DOCUMENTS:  # noqa: SIM102 (a compile-time condition)
-        # Starts do not decrease, so the document of key j ends after the last query whose start is at most j.
-        if kv_head == 0:
-            key_first = tl.program_id(1) * BLOCK_T
-            key_last = tl.minimum(key_first + BLOCK_T, T) - 1
-            end_first = 0
-            end_last = 0
-            for chunk in range(tl.cdiv(T, CHUNK)):
-                o_c = chunk * CHUNK + tl.arange(0, CHUNK)
-                b_c = tl.load(document_starts + batch * T + o_c, mask=o_c < T, other=2147483647)
-                end_first += tl.sum((b_c <= key_first).to(tl.int32))
-                end_last += tl.sum((b_c <= key_last).to(tl.int32))
-            p_end = document_ends + (batch * tl.num_programs(1) + tl.program_id(1)) * 2
-            tl.store(p_end, end_first)
-            tl.store(p_end + 1, end_last)
+
+@triton.jit
+def attention_document_ends_kernel(document_starts, document_ends, T, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr):
+    """Where the documents of a block's first and last key end."""
+    # Starts do not decrease, so the document of key j ends after the last query whose start is at most j.
+    batch = tl.program_id(0).to(tl.int64)
+    key_first = tl.program_id(1) * BLOCK_T
+    key_last = tl.minimum(key_first + BLOCK_T, T) - 1
+    end_first = 0
+    end_last = 0
+    for chunk in range(tl.cdiv(T, CHUNK)):
+        o_c = chunk * CHUNK + tl.arange(0, CHUNK)
+        b_c = tl.load(document_starts + batch * T + o_c, mask=o_c < T, other=2147483647)
+        end_first += tl.sum((b_c <= key_first).to(tl.int32))
+        end_last += tl.sum((b_c <= key_last).to(tl.int32))
+    p_end = document_ends + (batch * tl.num_programs(1) + tl.program_id(1)) * 2
+    tl.store(p_end, end_first)
+    tl.store(p_end + 1, end_last)
 
 
 @triton.jit
@@ -426,7 +429,7 @@ def _forward(
 
 
 def backward(
-    g: torch.Tensor,  # (B, T, H, D)
+    g: torch.Tensor,  # (B, T, H, D); or (B, T, N), of what `output` makes of z
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -439,6 +442,7 @@ def backward(
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
     row_scale: torch.Tensor | None = None,  # (B T,) float32
+    output: torch.Tensor | None = None,  # (N, H D)
 ) -> torch.Tensor | None:
     """The portable kernels write all three. Those for Hopper write grad_k and grad_v, the latter times row_scale, if
     there is one, and the sums of grad_q are returned as `attention_hopper` keeps them."""
@@ -446,18 +450,27 @@ def backward(
     kv = k.shape[2]
     documents = document_starts is not None
     scale = 1.0 / math.sqrt(dim)
-    if g.stride(-1) != 1:
-        g = g.contiguous()
-    grad_y, delta = torch.empty_like(z), torch.empty_like(lse)
     config = settings("attention", q.device)[str(dim)]
 
     prepare = config["prepare"]  # its blocks of tokens are those of the Hopper kernels, where these are used
     blocks = triton.cdiv(length, prepare["BLOCK_T"])
     document_ends = torch.empty((batch, blocks, 2), dtype=torch.int32, device=q.device) if documents else None
-    attention_bwd_prepare_kernel[(batch * kv, blocks)](
-        g, v, document_starts, z, s, grad_y, delta, grad_v, document_ends, *_strides(g), *_strides(v), grad_v.stride(1),
-        length, s.shape[-1], heads, kv, GROUP=heads // kv, D=dim, CHUNK=1024, DOCUMENTS=documents, **prepare,
-    )  # fmt: skip
+    if documents:
+        attention_document_ends_kernel[(batch, blocks)](
+            document_starts, document_ends, length, BLOCK_T=prepare["BLOCK_T"], CHUNK=1024
+        )
+    if output is not None and matmul.exclusive_fits(g, output, z, v):
+        grad_y, delta = matmul.exclusive_backward(g, output, z, s, v, grad_v)
+    else:
+        if output is not None:
+            g = torch.mm(g.flatten(0, 1), output).view_as(z)
+        if g.stride(-1) != 1:
+            g = g.contiguous()
+        grad_y, delta = torch.empty_like(z), torch.empty_like(lse)
+        attention_bwd_prepare_kernel[(batch * kv, blocks)](
+            g, v, z, s, grad_y, delta, grad_v, *_strides(g), *_strides(v), grad_v.stride(1),
+            length, s.shape[-1], heads, kv, GROUP=heads // kv, D=dim, **prepare,
+        )  # fmt: skip
     if "backward_hopper" in config and not deterministic and _copyable(q, k, v, document_starts):
         return attention_hopper.backward(
             q, k, v, document_starts, document_ends, grad_y, lse, delta, grad_k, grad_v, row_scale,

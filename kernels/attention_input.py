@@ -14,13 +14,14 @@ its head norms already multiplied by the row's own factor:
 where dy is the gradient of the mixed stream itself, then back through the mixes. x0 is handed on from layer to layer,
 so that its gradient gathers in one buffer instead of one addition a layer.
 
-`attention_layer` is this with `attention` behind it, one op to autograd: q's gradient goes from attention's float32
-sums through gain, rotary and head norms, k's goes through them in place, and v's has its row's factor when it is
-written. So qkv has one gradient instead of two, and that of q is rounded once.
+`attention_layer` is this with `attention` and its output product behind it, one op to autograd: the gradient of
+attention's output goes back through XSA in the epilogue of the product that it comes from; q's goes from attention's
+float32 sums through gain, rotary and head norms, k's goes through them in place, and v's has its row's factor when it
+is written. So qkv has one gradient instead of two, and those of q and of attention's output are rounded once less.
 
-Streams of (B T, D) read and written, qkv being (H + 2 G) d / D of them: forward 4 + qkv; backward 9 + 5 qkv, as a layer
-9 + 4 qkv and those sums; one product forward, two backward, by cuBLAS. Source: the seed of this project, parameter-golf
-pull request 1517.
+Streams of (B T, D) read and written, qkv being (H + 2 G) d / D of them: forward 4 + qkv; backward 9 + 5 qkv, within a
+layer 9 + 4 qkv and those sums; one product forward, two backward, by cuBLAS. Source: the seed of this project,
+parameter-golf pull request 1517.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def _(x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin, scale):
 @torch.library.custom_op("golf::heads_backward", mutates_args=())
 def heads_backward_op(
     g: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, inverse: Tensor, scale: float,
-    document_starts: Tensor | None, z: Tensor | None, s: Tensor | None, lse: Tensor | None, deterministic: bool,
+    document_starts: Tensor | None, z: Tensor | None, s: Tensor | None, lse: Tensor | None, output: Tensor | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the raw product, shaped as qkv, and of gain; from that of qkv or, with attention's z, from z's."""
+    """Gradients of the raw product, shaped as qkv, and of gain; from that of qkv or, with attention's z and output
+    matrix, from that of the stream behind it."""
     heads, length = gain.size(0), qkv.size(1)
     kv_heads, row_scale, rows = (qkv.size(2) - heads) // 2, rstd * scale, qkv.flatten(0, 1)
     if z is None or s is None or lse is None:
@@ -76,7 +79,7 @@ def heads_backward_op(
         return draw.view_as(qkv), dgain
     draw = torch.empty_like(qkv)
     parts, gradients = attention.parts(qkv, kv_heads), attention.parts(draw, kv_heads)
-    sums = attention.backward(g, *parts, document_starts, z, s, lse, deterministic, *gradients, row_scale)
+    sums = attention.backward(g, *parts, document_starts, z, s, lse, deterministic, *gradients, row_scale, output)
     raw = draw.flatten(0, 1)
     return draw, rotary.qkv_backward_(raw, sums, rows, gain, cos, sin, inverse, row_scale, kv_heads, length)
 
@@ -120,33 +123,40 @@ class _AttentionInput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, attend, document_starts, deterministic, x, x0, mix, skip, skip_weight, skip_gate, weight, gain,
+        ctx: Any, output, document_starts, deterministic, x, x0, mix, skip, skip_weight, skip_gate, weight, gain,
         cos, sin, scale,
     ):  # fmt: skip
         inputs = x, x0, mix, skip, skip_weight, skip_gate, weight, gain, cos, sin
         qkv, mixed, rstd, inverse = torch.ops.golf.attention_input(*inputs, scale)
         z = s = lse = None
-        if attend:
+        first, second = qkv, mixed
+        if output is not None:
             kv_heads = (qkv.size(2) - gain.size(0)) // 2
             z, s, lse = torch.ops.golf.attention_qkv(qkv, kv_heads, document_starts, deterministic)
+            first, second = torch.ops.golf.linear_add(mixed, z.flatten(2), output)
+            ctx.mark_non_differentiable(second)
         ctx.scale, ctx.deterministic = scale, deterministic
-        ctx.save_for_backward(*inputs, qkv, mixed, rstd, inverse, document_starts, z, s, lse)
+        ctx.save_for_backward(*inputs, qkv, mixed, rstd, inverse, document_starts, z, s, lse, output)
         ctx.set_materialize_grads(False)
-        return z if attend else qkv, mixed, x0, x
+        return first, second, x0, x
 
     @staticmethod
     def backward(ctx: Any, g, dy, dx0, dx_more):
-        x, x0, mix, *skip, weight, gain, cos, sin, qkv, mixed, rstd, inverse, starts, z, s, lse = ctx.saved_tensors
-        g = torch.zeros_like(qkv if z is None else z) if g is None else g.contiguous()
+        *inputs, qkv, mixed, rstd, inverse, starts, z, s, lse, output = ctx.saved_tensors
+        x, x0, mix, *skip, weight, gain, cos, sin = inputs
+        g = torch.zeros_like(qkv if output is None else x) if g is None else g.contiguous()
+        doutput = None
+        if output is not None:
+            dy, doutput = g, torch.mm(g.flatten(0, 1).t(), z.flatten(2).flatten(0, 1))
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
         dx0, dx_more = (None if t is None else t.contiguous() for t in (dx0, dx_more))
         draw, dgain = torch.ops.golf.heads_backward(
-            g, qkv, gain, cos, sin, rstd, inverse, ctx.scale, starts, z, s, lse, ctx.deterministic
+            g, qkv, gain, cos, sin, rstd, inverse, ctx.scale, starts, z, s, lse, output, ctx.deterministic
         )
         dx, dx0, dmix, dweight, *others = torch.ops.golf.attention_input_backward(
             draw, dy, dx0, dx_more, x, x0, mix, *skip, weight, mixed, rstd
         )
-        return None, None, None, dx, dx0, dmix, *(others or (None,) * 3), dweight, dgain, None, None, None
+        return doutput, None, None, dx, dx0, dmix, *(others or (None,) * 3), dweight, dgain, None, None, None
 
 
 def attention_input(
@@ -178,21 +188,23 @@ def attention_layer(
     cos: Tensor,  # (T, R/2) float32
     sin: Tensor,  # (T, R/2) float32
     scale: float,
+    output: Tensor,  # (D, H d)
     document_starts: Tensor | None = None,  # (B, T) int32
     deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y (B, T, H, d), mixed x, x0 and x as it came (B, T, D)
-    """reference.attention_layer: attention_input, whose arguments it takes, with `attention` and XSA of its heads.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x behind attention (B, T, D), its squares, x0 and x as it came (B, T, D)
+    """reference.attention_layer: attention_input, whose arguments it takes, `attention` and XSA of its heads, and
+    linear_add of these and output to the mixed x. The squares (parts, B T) float32 are those that linear_add returns.
 
-    document_starts and deterministic are those of `attention.attention`.
+    output is of the dtype of x and contiguous; document_starts and deterministic are those of `attention.attention`.
     """
     arguments = (x, x0, mix, skip, weight, gain, cos, sin, scale)
-    return _apply("attention_layer", *arguments, True, document_starts, deterministic)
+    return _apply("attention_layer", *arguments, output, document_starts, deterministic)
 
 
 def _apply(
     op: str, x: Tensor, x0: Tensor, mix: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None, weight: Tensor,
     gain: Tensor, cos: Tensor, sin: Tensor, scale: float,
-    attend: bool = False, document_starts: Tensor | None = None, deterministic: bool = False,
+    output: Tensor | None = None, document_starts: Tensor | None = None, deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dim() != 3 or x0.shape != x.shape or gain.dim() != 1 or x.size(-1) % max(gain.size(0), 1):
         raise ValueError(
@@ -219,12 +231,13 @@ def _apply(
         skip_weight=(skip_weight, vector, torch.float32),
         skip_gate=(skip_gate, vector, torch.float32),
         weight=(weight, weight.shape, x.dtype),
+        output=(output, (x.size(-1), x.size(-1)), x.dtype),
         document_starts=(document_starts, x.shape[:2], torch.int32),
     )  # fmt: skip
     kv_heads = (rows // head_dim - gain.size(0)) // 2
-    if attend and gain.size(0) % kv_heads:
+    if output is not None and gain.size(0) % kv_heads:
         raise ValueError(f"{op} wants H a multiple of G; got {gain.size(0)} query and {kv_heads} KV heads")
-    if attend and (x.size(1) > attention.longest(head_dim) or x.size(1) * rows >= 2**31):
+    if output is not None and (x.size(1) > attention.longest(head_dim) or x.size(1) * rows >= 2**31):
         raise ValueError(
             f"{op} wants rows of at most {attention.longest(head_dim):,} tokens and fewer than 2**31 elements of qkv; "
             f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}"
@@ -236,7 +249,7 @@ def _apply(
     if saved is x:
         saved = x.view_as(x)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _AttentionInput.apply(
-        attend, document_starts, deterministic,
+        output, document_starts, deterministic,
         x, x0, mix, saved, skip_weight, skip_gate, weight, gain, cos, sin, scale,
     )  # fmt: skip
     return outputs

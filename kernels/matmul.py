@@ -5,6 +5,7 @@
     down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
     up_backward      dx = dy + du up - c_m x                              du (M, F), up (F, D), x (M, D)
     qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
+    exclusive_backward   those of `attention.py` of g = dx w              two heads of 64 a KV head
     softcap_forward  e s (1 - s) of x w^T and sums of e                   x (M, D), w (V, D); e, s: `cross_entropy.py`
     up_forward_fp8   f_n s and, in e4m3, a8 = s / 448^3, s = square(leaky_relu(x8 up8^T, 0.5)), f of columns
     product_add_fp8  out = x + (y8 w8^T) f_n                              x8, up8, y8, w8 and factors as in `mlp.py`
@@ -283,6 +284,45 @@ def qkv_forward(
         own=(gain, cos, sin, inv_rms, length, heads, heads + kv_heads), half=cos.shape[1],
     )  # fmt: skip
     return qkv, inv_rms
+
+
+def exclusive_fits(
+    dx: torch.Tensor,  # (B, T, N)
+    weight: torch.Tensor,  # (N, H d)
+    z: torch.Tensor,  # (B, T, H, d)
+    v: torch.Tensor,  # (B, T, G, d)
+) -> bool:
+    """Whether a GPU has exclusive_backward for these."""
+    configs = settings("matmul", dx.device)
+    _, length, heads, head_dim = z.shape
+    return (
+        "resident" in configs
+        and matmul_hopper.fits(weight.shape[0], configs["resident"])
+        and matmul_hopper.copyable(dx.view(-1, dx.shape[-1]), weight)
+        and length % 128 == 0  # rows of s without padding, and no tile in two rows of the batch
+        and head_dim == 64
+        and configs["resident"]["BLOCK_N"] == 64 * heads // v.shape[2]
+        and v.stride() == (length * v.stride(1), v.stride(1), head_dim, 1)
+    )
+
+
+def exclusive_backward(
+    dx: torch.Tensor,  # (B, T, N)
+    weight: torch.Tensor,  # (N, H d)
+    z: torch.Tensor,  # (B, T, H, d)
+    s: torch.Tensor,  # (B, H, T) float32
+    v: torch.Tensor,  # (B, T, G, d)
+    grad_v: torch.Tensor,  # (B, T, G, d), written: XSA's part
+) -> tuple[torch.Tensor, torch.Tensor]:  # grad_y (B, T, H, d), delta (B, H, T) float32
+    """Back through attention's output product and XSA, of whose gradient z's is rounded nowhere."""
+    grad_y, delta = torch.empty_like(z), torch.empty_like(s)
+    flat_dx, flat_y, flat_z = dx.view(-1, dx.shape[-1]), grad_y.view(-1, weight.shape[1]), z.view(-1, weight.shape[1])
+    own = (v, s, grad_v, delta, v.stride(1), grad_v.stride(1), z.shape[1], z.shape[2])
+    matmul_hopper.launch(
+        flat_dx, weight, flat_y, flat_z, (None,) * 4, "exclusive", False, settings("matmul", dx.device),
+        gpu(dx.device)[1], own=own,
+    )  # fmt: skip
+    return grad_y, delta
 
 
 # ---------------------------------------------------------------------------------------------------- registration

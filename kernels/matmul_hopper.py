@@ -31,6 +31,7 @@ from kernels.reference import RMS_EPS
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
 HEAD = gl.constexpr(64)  # columns of an attention head
 EPS = gl.constexpr(RMS_EPS)
+NORM_FLOOR = gl.constexpr(1e-12)
 
 _thread = threading.local()
 
@@ -67,6 +68,46 @@ def matmul_heads(b_acc, b_scale, heads, m_first, n_first, M, HALF: gl.constexpr,
     b_y2 = gl.where(m_r, b_2 * b_cos - b_1 * b_sin, b_2) * b_factor
     b_out = gl.join(b_y1.to(dtype), b_y2.to(dtype)).permute((0, 1, 2, 4, 3)).reshape([ROWS, HEADS * HEAD])
     return gl.convert_layout(b_out, b_acc.type.layout)
+
+
+@gluon.jit
+def matmul_exclusive(b_acc, b_z, attended, m_first, n_first, M, dtype: gl.constexpr):
+    """Epilogue of the gradient of attention's output: back through XSA, as attention_bwd_prepare_kernel of
+    `attention.py`, for the heads of a KV head."""
+    v, s, grad_v, delta, stride_v, stride_grad_v, T, H = attended
+    GROUP: gl.constexpr = b_acc.shape[1] // HEAD
+    # [ROWS, GROUP, HEAD]
+    b_g = b_acc.reshape([ROWS, GROUP, HEAD])
+    b_z = b_z.to(gl.float32).reshape([ROWS, GROUP, HEAD])
+    layout: gl.constexpr = b_g.type.layout
+    by_head: gl.constexpr = gl.SliceLayout(2, layout)
+    by_column: gl.constexpr = gl.SliceLayout(1, layout)
+    # [ROWS, HEAD]
+    o_m = m_first + gl.arange(0, ROWS, gl.SliceLayout(1, by_column))
+    o_d = n_first // GROUP + gl.arange(0, HEAD, gl.SliceLayout(0, by_column))
+    m_m = (o_m < M)[:, None]
+    o_row = o_m[:, None].to(gl.int64)
+    b_v = gl.load(v + o_row * stride_v + o_d[None, :], mask=m_m, other=0.0).to(gl.float32)
+    b_norm = gl.sqrt(gl.sum(b_v * b_v, 1))
+    b_inverse = 1.0 / gl.maximum(b_norm, NORM_FLOOR)
+    b_v = b_v * b_inverse[:, None]
+    b_wide = b_v.expand_dims(1)
+    # [ROWS, GROUP]; a tile is of one row of the batch.
+    o_t = m_first % T + gl.arange(0, ROWS, gl.SliceLayout(1, by_head))
+    o_h = m_first // T * H + n_first // HEAD + gl.arange(0, GROUP, gl.SliceLayout(0, by_head))
+    o_s = o_h[None, :] * T + o_t[:, None]
+    m_s = (m_first - m_first % T + o_t < M)[:, None]
+    b_s = gl.load(s + o_s, mask=m_s, other=0.0)
+    b_u = gl.sum(b_g * b_wide, 2)
+    b_gy = (b_g - b_u.expand_dims(2) * b_wide).to(dtype)
+    b_delta = gl.sum(b_gy.to(gl.float32) * (b_z + b_s.expand_dims(2) * b_wide), 2)
+    gl.store(delta + o_s, b_delta, mask=m_s)
+    b_x = gl.sum(b_u.expand_dims(2) * b_z + b_s.expand_dims(2) * b_g, 1)
+    b_us = gl.convert_layout(gl.sum(b_u * b_s, 1), b_norm.type.layout)
+    b_us = gl.where(b_norm > NORM_FLOOR, -b_us, b_us)
+    b_x = -(b_x + b_us[:, None] * b_v) * b_inverse[:, None]
+    gl.store(grad_v + o_row * stride_grad_v + o_d[None, :], b_x.to(dtype), mask=m_m)
+    return gl.convert_layout(b_gy.reshape([ROWS, GROUP * HEAD]), b_acc.type.layout)
 
 
 @gluon.jit
@@ -114,6 +155,8 @@ def matmul_finish(
         b_extra = s_tile.load(layout)
     if EPILOGUE == "heads":
         b_out = matmul_heads(b_acc, b_scale, own, m_first, n_first, M, HALF, s_tile.dtype)
+    elif EPILOGUE == "exclusive":
+        b_out = matmul_exclusive(b_acc, b_extra, own, m_first, n_first, M, s_tile.dtype)
     elif EPILOGUE == "activation_fp8":
         b_out, b_small = activation_fp8(b_acc, b_scale, s_tile.dtype)
         s_small.store(b_small)
@@ -442,8 +485,8 @@ def launch(
     own=None, half=0, small=None,
 ) -> None:  # fmt: skip
     """beside: `other`, `row_scale` and `column_scale`, which the epilogue reads, and the `sums` that it writes, each or
-    None. own: what only the epilogues "heads" and "softcap" take; they are of resident products alone. small: an e4m3
-    copy of `out`, to be written, or None. out: None where sums are all that is wanted."""
+    None. own: what only the epilogues "heads", "exclusive" and "softcap" take; they are of resident products alone.
+    small: an e4m3 copy of `out`, to be written, or None. out: None where sums are all that is wanted."""
     _bind(x.device)
     (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
     resident = fits(inner, configs["resident"])

@@ -197,13 +197,15 @@ def attention_layer(
     cos: Tensor,  # (T, R/2)
     sin: Tensor,  # (T, R/2)
     scale: float,
+    output: Tensor,  # (D, H d)
     mask: Any = None,  # of attention_mask
-    parts: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y (B, T, H, d), mixed x, x0 and x as it came (B, T, D)
-    """attention of attention_input's heads, or of other implementations of these two; then what the latter returns."""
-    of_stream, of_heads = parts or (attention_input, attention_qkv)
+    parts: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # x (B, T, D), of linear_add; x0 and x as it came (B, T, D)
+    """linear_add, to the mixed x, of attention of attention_input's heads; or other implementations of these three."""
+    of_stream, of_heads, add = parts or (attention_input, attention_qkv, linear_add)
     heads, mixed, x0, came = of_stream(x, x0, mix, skip, weight, gain, cos, sin, scale)
-    return of_heads(heads, (heads.size(2) - gain.size(0)) // 2, mask), mixed, x0, came
+    y = of_heads(heads, (heads.size(2) - gain.size(0)) // 2, mask)
+    return *add(mixed, y.flatten(2), output), x0, came
 
 
 def attention_tail(

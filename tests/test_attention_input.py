@@ -14,6 +14,7 @@ from tests.test_model import tiny
 
 
 def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip, rope=8):
+    """Streams, float32 vectors, the matrices of qkv and of the output, rotary tables."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape, kind=dtype):
@@ -22,15 +23,16 @@ def make(batch, length, heads, kv_heads, head_dim, dtype, device, skip, rope=8):
     dim = heads * head_dim
     streams = [normal(batch, length, dim) for _ in range(3 if skip else 2)]
     floats = [normal(*shape, kind=torch.float32) for shape in ((2, dim), (heads,), *(((dim,), (dim,)) if skip else ()))]
-    weight = (normal((heads + 2 * kv_heads) * head_dim, dim, kind=torch.float32) * dim**-0.5).to(dtype)
+    rows = (heads + 2 * kv_heads) * head_dim, dim
+    weights = [(normal(n, dim, kind=torch.float32) * dim**-0.5).to(dtype) for n in rows]
     rotary = reference.rotary_table(length, rope, 1e4, length, device)
-    return streams, floats, weight, rotary
+    return streams, floats, weights, rotary
 
 
 def pair(kind, batch, length, device, deterministic=False):
     """The op and its reference. kind: "input", "layer" or, with documents of 1, 1, 2, 3, 4... tokens, "documents"."""
     if kind == "input":
-        return attention_input, reference.attention_input
+        return [lambda *inputs, op=op: op(*inputs[:-1]) for op in (attention_input, reference.attention_input)]
     starts = mask = None
     if kind == "documents":
         first = torch.zeros(batch, length, dtype=torch.bool, device=device)
@@ -45,27 +47,26 @@ def pair(kind, batch, length, device, deterministic=False):
 
 def run(op, case, dtype=None, layers=2):
     """Outputs and gradients of `layers` layers in a row, x0 handed on; dtype float64 is the truth."""
-    streams, floats, weight, rotary = case
+    given = case[2][0].dtype
     if dtype is not None:
-        streams, floats, weight, rotary = (
-            [t.to(dtype) for t in streams],
-            [t.to(dtype) for t in floats],
-            weight.to(dtype),
-            [t.to(dtype) for t in rotary],
-        )
-    leaves = [t.detach().clone().requires_grad_() for t in (*streams, *floats, weight)]
+        case = [[t.to(dtype) for t in part] for part in case]
+    streams, floats, weights, rotary = case
+    leaves = [t.detach().clone().requires_grad_() for t in (*streams, *floats, *weights)]
     x, x0, *skip = leaves[: len(streams)]
-    mix, gain, *skip_vectors = leaves[len(streams) : -1]
+    mix, gain, *skip_vectors = leaves[len(streams) : -2]
     skip = (skip[0], *skip_vectors) if skip else None
     collected = []
     for _ in range(layers):
-        found, x, x0, before = op(x, x0, mix, skip, leaves[-1], gain, *rotary, 0.5)
-        collected += [found, before]
+        found, second, x0, before = op(x, x0, mix, skip, leaves[-2], gain, *rotary, 0.5, leaves[-1])
+        # Of attention_input the heads and the mixed x; of a layer what it adds to that, and squares or None.
+        x = second if found.dim() == 4 else found
+        collected += [*([found] if found.dim() == 4 else []), before]
     outputs = (*collected, x)
     generator = torch.Generator().manual_seed(4)
-    grads = [torch.randn(y.shape, generator=generator).to(weight.device, case[2].dtype).to(y.dtype) for y in outputs]
+    grads = [torch.randn(y.shape, generator=generator).to(x.device, given).to(y.dtype) for y in outputs]
     torch.autograd.backward(outputs, grads)
-    return [*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves)]
+    found = [leaf.grad for leaf in leaves if leaf.grad is not None]  # attention_input has no output matrix
+    return [*(y.detach() for y in outputs), *found]
 
 
 @interpreted
@@ -88,7 +89,7 @@ def test_a_layer_whose_attention_leaves_sums(shape, monkeypatch, poisoned):
     portable = attention.backward
 
     def hopper(*arguments):
-        *_, grad_q, _, grad_v, row_scale = arguments
+        *_, grad_q, _, grad_v, row_scale, _ = arguments
         assert portable(*arguments) is None
         sums = sums_of(grad_q * grad_q.size(3) ** 0.5, float("nan"))
         grad_q.fill_(float("nan"))
@@ -104,20 +105,20 @@ def test_a_layer_whose_attention_leaves_sums(shape, monkeypatch, poisoned):
 
 
 @interpreted
-def test_a_layer_of_which_only_the_stream_is_used():
-    (x, *others), (mix, gain), weight, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", False)
+def test_a_layer_of_which_only_the_streams_are_used():
+    (x, *others), (mix, gain), weights, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", False)
     gradients = []
     for op, dtype in zip(pair("layer", 1, 4, "cpu"), (torch.float32, torch.float64), strict=True):
         leaf = x.to(dtype).requires_grad_()
-        x0, *rest = (t.to(dtype) for t in (*others, mix, weight, gain, *rotary))
-        _, mixed, *_ = op(leaf, x0, rest[0], None, *rest[1:], 0.5)
-        gradients += torch.autograd.grad(mixed.sum(), leaf)
+        x0, mixes, weight, *rest, output = (t.to(dtype) for t in (*others, mix, weights[0], gain, *rotary, weights[1]))
+        _, _, x0, came = op(leaf, x0, mixes, None, weight, *rest, 0.5, output)
+        gradients += torch.autograd.grad(x0.sum() + (came * came).sum(), leaf)
     assert error(*gradients) < 1e-6
 
 
 @interpreted
 @pytest.mark.parametrize("document_mask", [False, True])
-@pytest.mark.parametrize("kernels", ["triton", "triton,attention=reference"])  # the layer as one op, and as two
+@pytest.mark.parametrize("kernels", ["triton", "triton,attention=reference"])  # the layer as one op, and as three
 def test_a_model_of_layers(kernels, document_mask, one_thread, poisoned):
     """Loss and all gradients, with recurrence, skips and documents."""
     small = {"num_layers": 3, "recur_layers": (1,), "num_heads": 2, "num_kv_heads": 1, "train_seq_len": 24}
@@ -146,7 +147,7 @@ def test_the_first_layer_may_mix_x0_with_itself():
 
     def same(op):
         def call(x, x0, *rest):
-            return op(x0, x0, *rest)
+            return op(x0, x0, *rest[:-1])
 
         return call
 
@@ -158,8 +159,7 @@ def test_the_first_layer_may_mix_x0_with_itself():
 
 @interpreted
 def test_bad_input_is_named():
-    streams, floats, weight, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", False)
-    mix, gain = floats
+    streams, (mix, gain), (weight, output), rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", False)
     with pytest.raises(ValueError, match=r"x and x0 \(B, T, D\).*got x \(1, 4, 32\), x0 \(1, 3, 32\)"):
         attention_input(streams[0], streams[1][:, :3], mix, None, weight, gain, *rotary, 1.0)
     with pytest.raises(ValueError, match=r"weight \(\(H \+ 2 G\) 16, 32\).*got \(48, 32\)"):
@@ -177,18 +177,30 @@ def test_bad_input_is_named():
         attention_input(*streams, mix, None, weight, gain, *(table[:3] for table in rotary), 1.0)
     arguments = (*streams, mix, None, weight, gain, *rotary, 1.0)
     with pytest.raises(ValueError, match=r"layer wants document_starts \(1, 4\) torch.int32; got .* torch.int64"):
-        attention_layer(*arguments, torch.zeros(1, 4, dtype=torch.int64))
+        attention_layer(*arguments, output, torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"layer wants output \(32, 32\) torch.float32; got \(16, 32\)"):
+        attention_layer(*arguments, output[:16])
     with pytest.raises(ValueError, match=r"attention_layer wants H a multiple of G; got 2 query and 4 KV heads"):
-        attention_layer(*streams, mix, None, torch.zeros(160, 32), gain, *rotary, 1.0)
+        attention_layer(*streams, mix, None, torch.zeros(160, 32), gain, *rotary, 1.0, output)
     wide = torch.zeros(1, 4, 48)
     with pytest.raises(ValueError, match=r"wants H a multiple of G; got 3 query and 2 KV heads"):
-        attention_layer(wide, wide, torch.zeros(2, 48), None, torch.zeros(112, 48), torch.zeros(3), *rotary, 1.0)
+        attention_layer(
+            wide,
+            wide,
+            torch.zeros(2, 48),
+            None,
+            torch.zeros(112, 48),
+            torch.zeros(3),
+            *rotary,
+            1.0,
+            torch.zeros(48, 48),
+        )
 
 
 @interpreted
 @pytest.mark.parametrize("skip", [False, True])
 def test_registration(skip):
-    streams, floats, weight, rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", skip)
+    streams, floats, (weight, output), rotary = make(1, 4, 2, 1, 16, torch.float32, "cpu", skip)
     mix, gain, *vectors = floats
     inputs = (*streams[:2], mix, *((streams[2], *vectors) if skip else (None,) * 3), weight, gain, *rotary)
     qkv, mixed, rstd, inverse = torch.ops.golf.attention_input(*inputs, 0.5)
@@ -198,10 +210,10 @@ def test_registration(skip):
 
     check(torch.ops.golf.attention_input, *inputs, 0.5)
     heads = qkv, *inputs[-3:], rstd, inverse, 0.5
-    check(torch.ops.golf.heads_backward, qkv, *heads, None, None, None, None, True)
+    check(torch.ops.golf.heads_backward, qkv, *heads, None, None, None, None, None, True)
     for given in (None, torch.tensor([[0, 0, 2, 2]], dtype=torch.int32)):
         z, s, lse = torch.ops.golf.attention_qkv(qkv, 1, given, True)
-        check(torch.ops.golf.heads_backward, z, *heads, given, z, s, lse, True)
+        check(torch.ops.golf.heads_backward, streams[0], *heads, given, z, s, lse, output, True)
     for more in (None, torch.randn_like(streams[0])):
         gradients = (torch.randn_like(qkv), torch.randn_like(streams[0]), more, more)
         check(torch.ops.golf.attention_input_backward, *gradients, *inputs[:7], mixed, rstd)
@@ -248,13 +260,13 @@ class TestGPU:
 
     @pytest.mark.parametrize("deterministic", [False, True])
     def test_cuda_graph(self, deterministic):
-        (x, x0), (mix, gain), weight, rotary = make(2, 512, 8, 4, 64, torch.bfloat16, "cuda", False, 16)
-        leaves = [t.requires_grad_() for t in (x, x0, mix, weight, gain)]
+        (x, x0), (mix, gain), (weight, output), rotary = make(2, 512, 8, 4, 64, torch.bfloat16, "cuda", False, 16)
+        leaves = [t.requires_grad_() for t in (x, x0, mix, weight, gain, output)]
         op, _ = pair("documents", 2, 512, "cuda", deterministic)
 
         def step():
-            y, mixed, *_ = op(x, x0, mix, None, weight, gain, *rotary, 0.5)
-            return y, *torch.autograd.grad((y, mixed), leaves, (y.detach(), mixed.detach()))
+            y, _, _, came = op(x, x0, mix, None, weight, gain, *rotary, 0.5, output)
+            return y, *torch.autograd.grad((y, came), leaves, (y.detach(), came.detach()))
 
         graph, found = graphed(step)
         with torch.no_grad():

@@ -217,12 +217,17 @@ EPILOGUES = {  # transposed weight; what is read and written beside
     "derivative": (False, {"extra", "row_scale", "sums"}),
     "norm": (False, {"extra", "other", "row_scale"}),
     "heads": (True, {"row_scale"}),
+    "exclusive": (False, {"extra"}),
+}
+RESIDENT = {  # what only resident products take beside
+    "heads": (*["*fp32"] * 4, *["i32"] * 3),
+    "exclusive": ("*bf16", "*fp32", "*bf16", "*fp32", "i32:16", "i32:16", "i32:16", "i32"),
 }
 
 
 @compiled
 @pytest.mark.parametrize("gpu_name", ["h100", "generic"])
-@pytest.mark.parametrize("epilogue", [name for name in EPILOGUES if name != "heads"])
+@pytest.mark.parametrize("epilogue", [name for name in EPILOGUES if name not in RESIDENT])
 def test_portable_products_compile(epilogue, gpu_name):
     absent = {"extra", "other", "row_scale", "sums"} - EPILOGUES[epilogue][1]
     constants = {"EPILOGUE": epilogue} | dict.fromkeys(absent | {"column_scale", "small", "own"})
@@ -237,7 +242,7 @@ def test_portable_products_compile(epilogue, gpu_name):
 @compiled
 @pytest.mark.parametrize(
     ("name", "epilogue"),
-    [(name, epilogue) for name in ("resident", "streaming") for epilogue in EPILOGUES][:-1],
+    [("resident", name) for name in EPILOGUES] + [("streaming", name) for name in EPILOGUES if name not in RESIDENT],
 )
 def test_hopper_products_compile(name, epilogue):
     config = configs("h100")["matmul"][name]
@@ -254,10 +259,8 @@ def test_hopper_products_compile(name, epilogue):
     constants |= {} if "extra" in beside else {"d_extra": None}
     if name == "resident":
         constants |= {"STEPS": 8, "HALF": 8}
-        if epilogue == "heads":
-            types["own"] = (*["*fp32"] * 4, *["i32"] * 3)
-        else:
-            constants["own"] = None
+        types |= {"own": RESIDENT[epilogue]} if epilogue in RESIDENT else {}
+        constants |= {} if epilogue in RESIDENT else {"own": None}
     built = compile_for_h100(getattr(matmul_hopper, f"matmul_{name}_kernel"), types, constants, config)
     assert built.stack <= (8 if (name, epilogue) == ("resident", "norm") else 0)  # outside the loop
     assert built.shared <= 227 * 1024
@@ -265,8 +268,8 @@ def test_hopper_products_compile(name, epilogue):
     assert "UTMASTG" in built.sass
     # ptxas serialises products whose registers it cannot keep apart: an arrive and a wait around each instruction.
     assert built.sass.count("WARPGROUP.ARRIVE") < built.sass.count("HGMMA") / 3
-    if epilogue == "heads":  # both values of a rotated pair lie in one thread
-        assert built.sass.count("SHFL") < 20
+    if epilogue in RESIDENT:  # both values of a rotated pair lie in one thread, and both heads of a group
+        assert built.sass.count("SHFL") < (20 if epilogue == "heads" else 45)
 
 
 @compiled
