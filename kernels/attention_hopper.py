@@ -36,6 +36,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
 NORM_FLOOR = gl.constexpr(1e-12)
 LN2 = gl.constexpr(math.log(2))
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name since Triton 3.7
 PIECE = gl.constexpr(2048)  # numbers that a producer, one warp, sets to zero at once
 # PTX, lane and all: of a Gluon store ptxas keeps parts in registers, of which the producer has 24, and spills others.
 EMPTY = gl.constexpr(
@@ -392,7 +393,7 @@ def attention_bwd_produce(
             for left in range(piece, last_piece):
                 attention_bwd_empty(p_gq, left)
             if later < tiles:
-                gl.thread_barrier()
+                thread_barrier()
                 gl.atomic_add(counter + 1 + attention_bwd_place(later, tiles_n, kv_heads, chunk)[0], 1, sem="release")
         # Claimed only now, so that no program holds a tile that an idle one could take.
         tile = gl.atomic_add(counter, 1, sem="relaxed")
