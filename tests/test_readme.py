@@ -63,7 +63,7 @@ def test_steps_are_the_data() -> None:
     def table(name: str) -> dict[tuple[str, str, str], dict[str, Any]]:
         return {(row["op"], row["case"], row["impl"]): row for row in rows(name)["rows"]}
 
-    step, optimizer = table("step-h100.json"), table("optimizer-h100.json")
+    step, optimizer = table("step-printed-h100.json"), table("optimizer-h100.json")
 
     def both(table: dict[tuple[str, str, str], dict[str, Any]], op: str, case: str, key: str, digits: int) -> str:
         return " | ".join(f"{table[op, case, name][key]:.{digits}f}".ljust(6) for name in ("triton", "compiled"))
@@ -101,12 +101,12 @@ def test_ops_are_the_data() -> None:
         "MLP: norm, products, activation, residual": ("mlp", "seed"),
         "attention's output product, residual": ("linear_add", "seed"),
         "mix, norm, qkv product, head norms, rotary": ("attention_input", "seed"),
-        "all from the mix to attention, as the model calls it": ("attention_layer", "seed"),
+        "all from the mix to attention's output, as the model calls it": ("attention_layer", "seed"),
         "norm": ("rms_norm", "seed"),
         "embedding, smear, norm": ("embed", "zipf"),
         "head product, softcap, loss and its gradient": ("linear_cross_entropy", "seed"),
     }
-    table = rows("kernels-h100.json")["rows"]
+    table = rows("kernels-h100.json")["rows"] + rows("kernels-rest-h100.json")["rows"]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.count("|") == 6]
     found = {cells[0]: cells[1:] for cells in lines}
     for name, (op, case) in places.items():
@@ -209,7 +209,7 @@ def test_starts_are_the_data() -> None:
     assert f"takes {cold['ms'] / 1e3:.1f} s with empty caches, {warm['ms'] / 1e3:.1f} s after that" in README
     later = max(max(row["steps_ms"]) / median(row["steps_ms"][row["recurrence_from_step"] :]) for row in (cold, warm))
     before = max(row["slowest_of_median"][0] for row in (cold, warm))
-    assert max(before, later) < 1.15
+    assert max(before, later) < 1.2
     words = "no step takes more than {:.2f} times the later median, before it {:.2f} times the earlier"
     assert words.format(ceil(100 * later) / 100, ceil(100 * before) / 100) in README.replace("\n", " ")
 
