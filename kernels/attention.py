@@ -37,10 +37,9 @@ import triton.language as tl
 
 from kernels import attention_hopper, matmul
 from kernels.launch import DTYPES, HEAD_DIMS, expect_one_gpu, gpu, settings
+from kernels.reference import NORM_FLOOR
 
 LOG2E = math.log2(math.e)
-NORM_FLOOR = 1e-12  # F.normalize's clamp
-
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 
 
@@ -454,8 +453,9 @@ def backward(
 
     prepare = config["prepare"]  # its blocks of tokens are those of the Hopper kernels, where these are used
     blocks = triton.cdiv(length, prepare["BLOCK_T"])
-    document_ends = torch.empty((batch, blocks, 2), dtype=torch.int32, device=q.device) if documents else None
+    document_ends = None
     if documents:
+        document_ends = torch.empty((batch, blocks, 2), dtype=torch.int32, device=q.device)
         attention_document_ends_kernel[(batch, blocks)](
             document_starts, document_ends, length, BLOCK_T=prepare["BLOCK_T"], CHUNK=1024
         )

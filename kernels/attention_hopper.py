@@ -33,8 +33,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.reference import NORM_FLOOR
+
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
-NORM_FLOOR = gl.constexpr(1e-12)
+FLOOR = gl.constexpr(NORM_FLOOR)
 LN2 = gl.constexpr(math.log(2))
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name since Triton 3.7
 PIECE = gl.constexpr(2048)  # numbers that a producer, one warp, sets to zero at once
@@ -225,7 +227,7 @@ def attention_fwd_consume(
         mbarrier.wait(own_full, turn & 1)
         b_v = s_own.index(INDEX // HEADS).reshape([ROWS, D]).load(y_layout).to(gl.float32)
         mbarrier.arrive(own_empty, count=1)
-        b_v = b_v * (1.0 / gl.maximum(gl.sqrt(gl.sum(b_v * b_v, 1)), NORM_FLOOR))[:, None]
+        b_v = b_v * (1.0 / gl.maximum(gl.sqrt(gl.sum(b_v * b_v, 1)), FLOOR))[:, None]
         b_acc = b_acc * gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, y_layout))[:, None]
         b_dot = gl.sum(b_acc * b_v, 1)
         b_z = (b_acc - b_dot[:, None] * b_v).to(dtype)

@@ -34,6 +34,7 @@ from kernels import reference
 from kernels.launch import DTYPES, HEAD_DIMS, early, expect, settings
 
 _RMS_EPS = tl.constexpr(reference.RMS_EPS)
+_NORM_FLOOR = tl.constexpr(reference.NORM_FLOOR)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def cached_attention_merge_kernel(
     # waits for it before it ends or lets this one start.
     p = tl.load(position).to(tl.int32)
     b_v = tl.load(qkv + (queries + KV_HEADS + query // GROUP) * D + o_d).to(tl.float32)
-    b_u = b_v / tl.maximum(tl.sqrt(tl.sum(b_v * b_v, axis=1, keep_dims=True)), 1e-12)
+    b_u = b_v / tl.maximum(tl.sqrt(tl.sum(b_v * b_v, axis=1, keep_dims=True)), _NORM_FLOOR)
     count = tl.maximum(tl.cdiv(p, BLOCK_C), 1)
     if EARLY:
         gdc_launch_dependents()

@@ -5,7 +5,7 @@
     down_backward    du = (dy down) (da/du) r_m                           dy (M, D), down (D, F), a (M, F)
     up_backward      dx = dy + du up - c_m x                              du (M, F), up (F, D), x (M, D)
     qkv_forward      q, k, v of r_m (x w^T)                               the formulas of `rotary.py`; heads of 64
-    exclusive_backward   those of `attention.py` of g = dx w              two heads of 64 a KV head
+    exclusive_backward  grad_y, delta, x of `attention.py`, g = dx w      dx (M, N), w (N, K); two heads of 64 a KV head
     softcap_forward  e s (1 - s) of x w^T and sums of e                   x (M, D), w (V, D); e, s: `cross_entropy.py`
     up_forward_fp8   f_n s and, in e4m3, a8 = s / 448^3, s = square(leaky_relu(x8 up8^T, 0.5)), f of columns
     product_add_fp8  out = x + (y8 w8^T) f_n                              x8, up8, y8, w8 and factors as in `mlp.py`
@@ -124,7 +124,7 @@ def _product(
     dtype: torch.dtype | None = None,  # of the result; default: that of x
     column_scale: torch.Tensor | None = None,  # (N,) float32
     small: torch.Tensor | None = None,  # (M, N) e4m3, written
-    own: tuple | None = None,  # of the epilogue "softcap"
+    own: tuple | None = None,  # of the epilogues "exclusive" and "softcap"
     keep: bool = True,  # the result and not its sums alone
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (M, N) or, where not kept, (0, N); sums (parts, M) float32
     (rows, inner), columns = x.shape, w.shape[0 if transposed else 1]
@@ -315,14 +315,10 @@ def exclusive_backward(
     grad_v: torch.Tensor,  # (B, T, G, d), written: XSA's part
 ) -> tuple[torch.Tensor, torch.Tensor]:  # grad_y (B, T, H, d), delta (B, H, T) float32
     """Back through attention's output product and XSA, of whose gradient z's is rounded nowhere."""
-    grad_y, delta = torch.empty_like(z), torch.empty_like(s)
-    flat_dx, flat_y, flat_z = dx.view(-1, dx.shape[-1]), grad_y.view(-1, weight.shape[1]), z.view(-1, weight.shape[1])
+    delta = torch.empty_like(s)
     own = (v, s, grad_v, delta, v.stride(1), grad_v.stride(1), z.shape[1], z.shape[2])
-    matmul_hopper.launch(
-        flat_dx, weight, flat_y, flat_z, (None,) * 4, "exclusive", False, settings("matmul", dx.device),
-        gpu(dx.device)[1], own=own,
-    )  # fmt: skip
-    return grad_y, delta
+    rows, attended = dx.view(-1, dx.shape[-1]), z.view(-1, weight.shape[1])
+    return _product(rows, weight, "exclusive", False, extra=attended, own=own)[0].view_as(z), delta
 
 
 # ---------------------------------------------------------------------------------------------------- registration

@@ -26,12 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.matmul_epilogue import activation_fp8, matmul_epilogue, row_terms, softcap_gradient
-from kernels.reference import RMS_EPS
+from kernels.reference import NORM_FLOOR, RMS_EPS
 
 ROWS = gl.constexpr(64)  # rows of one warpgroup's wgmma
 HEAD = gl.constexpr(64)  # columns of an attention head
 EPS = gl.constexpr(RMS_EPS)
-NORM_FLOOR = gl.constexpr(1e-12)
+FLOOR = gl.constexpr(NORM_FLOOR)
 
 _thread = threading.local()
 
@@ -89,7 +89,7 @@ def matmul_exclusive(b_acc, b_z, attended, m_first, n_first, M, dtype: gl.conste
     o_row = o_m[:, None].to(gl.int64)
     b_v = gl.load(v + o_row * stride_v + o_d[None, :], mask=m_m, other=0.0).to(gl.float32)
     b_norm = gl.sqrt(gl.sum(b_v * b_v, 1))
-    b_inverse = 1.0 / gl.maximum(b_norm, NORM_FLOOR)
+    b_inverse = 1.0 / gl.maximum(b_norm, FLOOR)
     b_v = b_v * b_inverse[:, None]
     b_wide = b_v.expand_dims(1)
     # [ROWS, GROUP]; a tile is of one row of the batch.
@@ -104,7 +104,7 @@ def matmul_exclusive(b_acc, b_z, attended, m_first, n_first, M, dtype: gl.conste
     gl.store(delta + o_s, b_delta, mask=m_s)
     b_x = gl.sum(b_u.expand_dims(2) * b_z + b_s.expand_dims(2) * b_g, 1)
     b_us = gl.convert_layout(gl.sum(b_u * b_s, 1), b_norm.type.layout)
-    b_us = gl.where(b_norm > NORM_FLOOR, -b_us, b_us)
+    b_us = gl.where(b_norm > FLOOR, -b_us, b_us)
     b_x = -(b_x + b_us[:, None] * b_v) * b_inverse[:, None]
     gl.store(grad_v + o_row * stride_grad_v + o_d[None, :], b_x.to(dtype), mask=m_m)
     return gl.convert_layout(b_gy.reshape([ROWS, GROUP * HEAD]), b_acc.type.layout)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 # F.rms_norm's default for half types is float32's epsilon; written out so that no version of torch can change it.
 RMS_EPS = torch.finfo(torch.float32).eps
+NORM_FLOOR = 1e-12  # of XSA's |v|: F.normalize's clamp
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 
