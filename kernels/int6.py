@@ -10,8 +10,8 @@ the reference's to the bit, and products are summed in float32: the error is tha
 
 Traffic: 3/4 byte a weight. Up to `rows` rows of x (kernels/configs) one launch reads the codes, all of them at once,
 and before it waits for the launch ahead (programmatic dependent launch: codes do not depend on it). Tensor cores
-multiply, `int6_few.py`, or plain multiply-adds, from how many rows on the table says. Beyond that the matrix is
-dequantised and the product is cuBLAS's: at M = 98304 the former is 1% of the time.
+multiply, `int6_few.py`, where the table has it, else, and for int8 of odd widths, plain multiply-adds. Beyond that the
+matrix is dequantised and the product is cuBLAS's: at M = 98304 the former is 1% of the time.
 """
 
 from typing import Any
@@ -122,9 +122,8 @@ def skinny_product(
     out = torch.empty((rows, count), dtype=x.dtype, device=x.device)
     six, configs = codes.dim() == 3, settings("int6", x.device)
     kind = ("short" if width <= configs["short"]["BLOCK_Q"] else "long") if six else "int8"
-    if "few" in configs and rows >= configs["few"]["from"][kind] and width % 16 == 0:
-        height = "_tall" if rows >= configs["few"]["from"]["tall"] else ""
-        int6_few.launch(x, codes, scales, gain, out, configs["few"][kind + height])
+    if "few" in configs and width % 16 == 0:
+        int6_few.launch(x, codes, scales, gain, out, configs["few"][kind])
     else:
         config = configs[kind]
         int6_row_kernel[(triton.cdiv(count, config["BLOCK_N"]), rows)](

@@ -1,15 +1,16 @@
 """The products of `int6.py` for a few rows of x, in Gluon, where operands of the tensor cores never leave registers.
 
 The sum over columns does not care for their order, as long as both operands agree. So a thread loads K_WIDTH neighbours
-of each plane, 4 to 16 bytes, unpacks four quarters of the row from them, loads the same columns of x, and calls what it
-has the fragments of an mma.sync: no shared memory, no shuffles, no conversion of layouts. SPLIT warps have each their
-own share of the columns; they add up once, at the end, in shared memory. Their number, and with it the order of the
-sum, is the same for every number of rows.
+of each plane, unpacks four quarters of the row from them, loads the same columns of x, and calls what it has the
+fragments of an mma.sync: no shared memory, no shuffles, no conversion of layouts. SPLIT warps have each their own share
+of the columns; they add up once, at the end, in shared memory. Their number, and with it the order of the sum, is the
+same for every number of rows.
 
-A product of these sizes is latency: what counts is how often a program waits for memory. It asks for all its codes at
-once and unpacks them while launches ahead are at work; then the next launch may start and do the same; then it waits
-for the launch ahead, and asks for all its x at once. `maxnreg` of kernels/configs leaves the compiler the registers for
-that (left alone, it saves them and loads x in four rounds).
+A product of these sizes is latency: what counts is how often a program waits for memory, and how many launches are
+under way at once. A program lets the next launch start as its first act, so as many launches as processors have room
+for ask for all their codes at once and unpack them; then it waits for the launch ahead, and asks for all its x at once.
+`maxnreg` of kernels/configs leaves the compiler the registers for that (left alone, it saves them and loads x in four
+rounds).
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.launch import gpu
+
+BLOCK_M = gl.constexpr(16)  # rows of an mma
+K_WIDTH = gl.constexpr(8)  # neighbouring columns of a thread
 
 
 @triton.jit
@@ -80,10 +84,10 @@ def few_weights(x, b_low, b_high, b_scale, b_gain, QUARTER: gl.constexpr, SIX: g
 @gluon.jit(do_not_specialize=["M"])
 def int6_few_kernel(
     x, codes, scales, gain, out, M, N, K,
-    Q: gl.constexpr, SIX: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    CHUNK: gl.constexpr, K_WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    Q: gl.constexpr, SIX: gl.constexpr, BLOCK_N: gl.constexpr, CHUNK: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """SPLIT warps share the columns, CHUNK bytes of a plane's row each."""
+    """BLOCK_M rows of x and BLOCK_N of the matrix. SPLIT warps share the columns, CHUNK bytes of a plane's row each."""
+    gdc_launch_dependents()
     PLANES: gl.constexpr = 3 if SIX else 1
     QUARTERS: gl.constexpr = 4 if SIX else 1
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, 1], [1, 16, 8])
@@ -121,7 +125,7 @@ def int6_few_kernel(
             b_code = b_first if i < 2 else b_second
             b_w += (few_weights(x, b_code, b_high, b_scale, b_gain, i, SIX),)
         if start == 0:
-            # Behind the unpacking, as otherwise ptxas moves that behind the wait.
+            # The first of the two does nothing more, but otherwise ptxas moves the unpacking behind the second.
             gdc_launch_dependents()
             gdc_wait()
         b_x = ()
@@ -153,7 +157,7 @@ def few_tiles(
     a processor each."""
     tiles = dict(config)
     widest = tiles.pop("WIDEST")
-    each = triton.cdiv(2 * count * triton.cdiv(rows, tiles["BLOCK_M"]), processors)
+    each = triton.cdiv(2 * count * triton.cdiv(rows, BLOCK_M.value), processors)
     return tiles | {"BLOCK_N": min(widest, max(8, triton.next_power_of_2(each))), "num_warps": tiles["SPLIT"]}
 
 
@@ -167,7 +171,7 @@ def launch(
 ) -> None:
     (rows, columns), count = x.shape, codes.shape[0]
     tiles = few_tiles(rows, count, gpu(x.device)[1], config)
-    grid = triton.cdiv(count, tiles["BLOCK_N"]), triton.cdiv(rows, tiles["BLOCK_M"])
+    grid = triton.cdiv(count, tiles["BLOCK_N"]), triton.cdiv(rows, BLOCK_M.value)
     int6_few_kernel[grid](
         x, codes, scales, gain, out, rows, count, columns,
         Q=codes.shape[-1], SIX=codes.dim() == 3, **tiles, launch_pdl=True,

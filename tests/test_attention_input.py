@@ -224,7 +224,7 @@ class TestGPU:
     @pytest.mark.parametrize("skip", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("rope", [8, 16])  # 16: head norms and rotary in the product's epilogue on Hopper
-    @pytest.mark.parametrize("shape", [(2, 333, 8, 4, 64), (1, 65, 4, 1, 128)])
+    @pytest.mark.parametrize("shape", [(2, 333, 8, 4, 64), (2, 256, 8, 4, 64), (1, 65, 4, 1, 128)])
     @pytest.mark.parametrize("kind", ["input", "layer", "documents"])
     def test_no_further_from_float64_than_eager(self, kind, shape, rope, dtype, skip, poisoned):
         case = make(*shape, dtype, "cuda", skip, rope)

@@ -8,7 +8,7 @@ import torch
 
 from kernels import reference
 from kernels.int6 import dequantise_kernel, int6_dequantise, int6_linear, int6_row_kernel
-from kernels.int6_few import few_tiles, int6_few_kernel, weights_ptx
+from kernels.int6_few import BLOCK_M, few_tiles, int6_few_kernel, weights_ptx
 from kernels.launch import configs
 from tests.aot import compile_for_h100
 from tests.kernel_tools import CUDA, compiled, error, gpu, graphed, interpreted
@@ -127,16 +127,11 @@ def test_ptx_unpacks_four_weights_at_a_time(dtype, gain):
 
 def test_two_launches_side_by_side():
     table = configs("h100")["int6"]["few"]
-    cases = (
-        ("short", 512, (1, 16)),
-        ("short_tall", 512, (17, 64)),
-        ("long", 2048, (1, 16)),
-        ("long_tall", 2048, (17, 64)),
-    )
-    for kind, columns, some in cases:
-        for count, rows in ((n, m) for n, k in BANKS if k == columns for m in some):
+    for count, columns in BANKS:
+        kind = "short" if columns == 512 else "long"
+        for rows in (1, 16, 17, 64):
             tiles = few_tiles(rows, count, 132, table[kind])
-            programs = -(-count // tiles["BLOCK_N"]) * -(-rows // tiles["BLOCK_M"])
+            programs = -(-count // tiles["BLOCK_N"]) * -(-rows // BLOCK_M.value)
             assert 2 * programs <= 132 or tiles["BLOCK_N"] == table[kind]["WIDEST"]
             assert 4 * programs > 132 or tiles["BLOCK_N"] == 8
 
@@ -205,33 +200,32 @@ def types(six):
 @pytest.mark.parametrize(
     ("kind", "shape", "rows"),
     [
-        ("short", (256, 512), 16), ("short", (2048, 512), 16), ("short_tall", (256, 512), 64),
-        ("short_tall", (512, 512), 64), ("short_tall", (2048, 512), 64), ("long", (512, 2048), 16),
-        ("long_tall", (512, 2048), 32), ("long_tall", (512, 2048), 64), ("int8", (8192, 512), 16),
-        ("int8_tall", (8192, 512), 64),
+        ("short", (256, 512), 16), ("short", (256, 512), 64), ("short", (2048, 512), 64), ("long", (512, 2048), 16),
+        ("long", (512, 2048), 32), ("long", (512, 2048), 64), ("int8", (8192, 512), 16),
     ],
 )  # fmt: skip
 def test_few_compiled_for_h100(kind, shape, rows):
-    six = not kind.startswith("int8")
+    six = kind != "int8"
     tiles = few_tiles(rows, shape[0], 132, configs("h100")["int6"]["few"][kind])
     width = shape[1] // 4 if six else shape[1]
     built = compile_for_h100(int6_few_kernel, types(six), {"Q": width, "SIX": six}, tiles)
     assert built.stack == 0
-    # The next launch finds room beside this one: on the same processor, or on the other half of them.
-    programs = -(-shape[0] // tiles["BLOCK_N"]) * -(-rows // tiles["BLOCK_M"])
-    assert 2 * programs <= 132 or built.registers * tiles["num_warps"] * 32 <= 65536 // 2
+    # Two launches find room side by side.
+    programs = -(-shape[0] // tiles["BLOCK_N"]) * -(-rows // BLOCK_M.value)
+    room = 65536 // (built.registers * tiles["num_warps"] * 32)
+    assert 2 * programs <= 132 * room
     assert built.shared <= 16384
-    # Of the sum over warps, in two halves where tiles are 32 by 32: operands stay in registers.
-    assert built.sass.count("BAR.SYNC") == (3 if tiles["BLOCK_M"] == tiles["BLOCK_N"] else 1)
-    # Weights are ready before the wait for the launch ahead; loads of x stand between that and the first product: all,
-    # or, where registers are short, most.
-    lines = [line for line in built.sass.splitlines() if re.search(r"ACQBULK|LDG\.|HMMA|F2FP", line)]
+    # Of the sum over warps, in two halves where tiles are of 64 outputs: operands stay in registers.
+    assert built.sass.count("BAR.SYNC") == (3 if tiles["BLOCK_N"] == 64 else 1)
+    # The next launch may start first; weights are ready before the wait for the launch ahead; all loads of x stand
+    # between that and the first product.
+    lines = [line for line in built.sass.splitlines() if re.search(r"PREEXIT|ACQBULK|LDG\.|HMMA|F2FP", line)]
     wait, first = (next(i for i, line in enumerate(lines) if name in line) for name in ("ACQBULK", "HMMA"))
-    loads = tiles["BLOCK_M"] * shape[1] // (tiles["SPLIT"] * 32 * 8)
-    assert sum("LDG.E.128" in line for line in lines[wait:]) == loads
-    late = sum("LDG" in line for line in lines[first:])
-    assert 4 * late <= (loads if kind.endswith("_tall") else 0)
+    assert "PREEXIT" in lines[0]
     assert sum("F2FP" in line for line in lines[:wait]) == tiles["BLOCK_N"] * shape[1] // (64 * tiles["num_warps"])
+    loads = BLOCK_M.value * shape[1] // (tiles["SPLIT"] * 32 * 8)
+    assert sum("LDG.E.128" in line for line in lines[wait:first]) == loads
+    assert not any("LDG" in line for line in lines[first:])
 
 
 @compiled
