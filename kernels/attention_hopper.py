@@ -12,9 +12,9 @@ Backward: a program owns 128 keys of one KV head and walks the query tiles of it
 warpgroups owns 64 keys: scores and dP are transposed, so that p and dS feed the products for grad_v and grad_k from
 registers. For D = 64 a third takes dS through shared memory and adds dS K to a float32 buffer of grad_q with vector
 reductions, whose order is not fixed; `finish` rounds it, or in a training step `rotary.py`, behind the head norms. The
-producers of earlier tiles have set it to zero, which costs no time of its own. For D = 128 the two need the third's
-registers: each adds half the dimensions of grad_q, to zeros from before. Five products a tile pair; the
-deterministic path of `attention.py` needs seven.
+producers of earlier tiles have set it to zero, which costs no time of its own; of the first `ahead` KV heads it is zero
+from before. For D = 128 the two need the third's registers: each adds half the dimensions of grad_q, to zeros from
+before. Five products a tile pair; the deterministic path of `attention.py` needs seven.
 """
 
 import math
@@ -41,7 +41,7 @@ LN2 = gl.constexpr(math.log(2))
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name since Triton 3.7
 PIECE = gl.constexpr(2048)  # numbers that a producer, one warp, sets to zero at once
 # PTX, lane and all: of a Gluon store ptxas keeps parts in registers, of which the producer has 24, and spills others.
-EMPTY = gl.constexpr(
+ZERO = gl.constexpr(
     "{ .reg .b32 lane, zero; .reg .b64 to; mov.b32 zero, 0; mov.b32 lane, %laneid; mad.wide.u32 to, lane, 16, $1;\n"
     + "".join(f"st.global.v4.b32 [to + {4 * i}], {{zero, zero, zero, zero}};\n" for i in range(0, PIECE.value, 128))
     + "mov.b32 $0, 0; }"
@@ -310,9 +310,9 @@ def attention_bwd_place(tile, tiles_n, kv_heads, chunk):
 
 
 @gluon.jit
-def attention_bwd_empty(p_gq, piece):
+def attention_bwd_zero(p_gq, piece):
     p_piece = (p_gq + piece.to(gl.int64) * PIECE).to(gl.int64)
-    gl.inline_asm_elementwise(EMPTY, "=r,l", [p_piece], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(ZERO, "=r,l", [p_piece], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -389,11 +389,11 @@ def attention_bwd_produce(
                 step += 1
                 if ahead is not None:  # noqa: SIM102 (a compile-time condition)
                     if piece < last_piece:
-                        attention_bwd_empty(p_gq, piece)
+                        attention_bwd_zero(p_gq, piece)
                         piece += 1
         if ahead is not None:
             for left in range(piece, last_piece):
-                attention_bwd_empty(p_gq, left)
+                attention_bwd_zero(p_gq, left)
             if later < tiles:
                 thread_barrier()
                 gl.atomic_add(counter + 1 + attention_bwd_place(later, tiles_n, kv_heads, chunk)[0], 1, sem="release")

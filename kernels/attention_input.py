@@ -20,8 +20,8 @@ float32 sums through gain, rotary and head norms, k's goes through them in place
 is written. So qkv has one gradient instead of two, and those of q and of attention's output are rounded once less.
 
 Streams of (B T, D) read and written, qkv being (H + 2 G) d / D of them: forward 4 + qkv; backward 9 + 5 qkv, within a
-layer 9 + 4 qkv and those sums; one product forward, two backward, by cuBLAS. Source: the seed of this project,
-parameter-golf pull request 1517.
+layer 9 + 4 qkv and those sums; one product forward, `matmul.qkv_forward`, two backward, cuBLAS's; a layer's output
+takes one more forward and two more backward. Source: the seed of this project, parameter-golf pull request 1517.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ def _(draw, dy, dx0, dx_more, x, x0, mix, skip, skip_weight, skip_gate, weight, 
     return [torch.empty_like(t) for t in given]
 
 
-class _AttentionInput(torch.autograd.Function):
-    """x and x0 come out as they went in, which an op of torch.library may not do: their gradients meet here."""
+class _AttentionLayer(torch.autograd.Function):
+    """attention_layer or, where output is None, attention_input. x and x0 come out as they went in, which an op of
+    torch.library may not do: their gradients meet here."""
 
     @staticmethod
     def forward(
@@ -248,7 +249,7 @@ def _apply(
         x = x.view_as(x)
     if saved is x:
         saved = x.view_as(x)
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _AttentionInput.apply(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _AttentionLayer.apply(
         output, document_starts, deterministic,
         x, x0, mix, saved, skip_weight, skip_gate, weight, gain, cos, sin, scale,
     )  # fmt: skip

@@ -9,8 +9,8 @@ For row m of x, target t, softcap K and the raw logits a = x weight^T:
 
 Two ways, and `matmul.softcap_fits` says which: by dtype, shapes, strides and GPU alone.
 
-Fused (compute capability 9.0, bf16, D up to 512, V a multiple of 128): since no maximum has to be found, the head
-product's epilogue makes E_v = exp(c_v) s_v (1 - s_v) of its float32 accumulators, and sums of exp(c) over its 128
+Fused (compute capability 9.0, bf16, D a multiple of 8 up to 512, V one of 128): since no maximum has to be found, the
+head product's epilogue makes E_v = exp(c_v) s_v (1 - s_v) of its float32 accumulators, and sums of exp(c) over its 128
 columns; no pass over the logits is made, and they are rounded nowhere. A row's factor r = 4 / sum exp(c) is known only
 after them, and stays out of E: one small kernel adds the sums up in a fixed order, takes the target's logit from x and
 weight again, in float32, writes E_t - sum exp(c) s_t (1 - s_t) over the target's, and r x. Then dweight = g / M E^T (r

@@ -9,9 +9,9 @@ and no code has to move to another place of a register tile. Other codes are int
 the reference's to the bit, and products are summed in float32: the error is that of F.linear on the dequantised matrix.
 
 Traffic: 3/4 byte a weight. Up to `rows` rows of x (kernels/configs) one launch reads the codes, all of them at once,
-and before it waits for the launch ahead (programmatic dependent launch: codes do not depend on it). Tensor cores
-multiply, `int6_few.py`, where the table has it, else, and for int8 of odd widths, plain multiply-adds. Beyond that the
-matrix is dequantised and the product is cuBLAS's: at M = 98304 the former is 1% of the time.
+and before it waits for the launch ahead (programmatic dependent launch: codes, scales and gain do not depend on it).
+Tensor cores multiply, `int6_few.py`, where the table has it, else, and for int8 of odd widths, plain multiply-adds.
+Beyond that the matrix is dequantised and the product is cuBLAS's: at M = 98304 the former is 1% of the time.
 """
 
 from typing import Any
@@ -213,7 +213,8 @@ def int6_linear(
     x (torch.Tensor):
         ``[..., K]`` contiguous, bf16 or fp16.
     codes, scales, gain (torch.Tensor):
-        As of int6_dequantise.
+        As of int6_dequantise. On Hopper and later they are read before launches ahead on the stream are done: what
+        writes them has to be done before (weights that are there when a model is made are).
     """
     if x.dim() < 2:
         raise ValueError(f"int6_linear wants x (..., K); got {tuple(x.shape)}")

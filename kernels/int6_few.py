@@ -154,7 +154,7 @@ def few_tiles(
     config: Mapping[str, int],  # of kernels/configs
 ) -> dict[str, int]:
     """Tiles of a product of so many rows and outputs: of 8 to WIDEST outputs, so that the programs of two launches have
-    a processor each."""
+    a processor each, as far as the widest allow it."""
     tiles = dict(config)
     widest = tiles.pop("WIDEST")
     each = triton.cdiv(2 * count * triton.cdiv(rows, BLOCK_M.value), processors)

@@ -28,8 +28,8 @@ without a transposed copy. linear_add is product_add with its gradients. Work 2 
 up_backward). Any M, N, K; with rows that are not a multiple of 16 bytes the portable kernel runs.
 
 `matmul_hopper.py` holds the kernel for compute capability 9.0; the one below is for every other GPU and the
-interpreter (there, and for other heads, qkv_forward is a product and then `rotary.py`'s kernel). Products without an
-epilogue are cuBLAS's.
+interpreter (there, and for other heads, qkv_forward is a product and then `rotary.py`'s kernel; softcap_forward and
+exclusive_backward are Hopper's alone, and what fits says which shapes). Products without an epilogue are cuBLAS's.
 """
 
 import torch
@@ -298,7 +298,7 @@ def exclusive_fits(
     return (
         "resident" in configs
         and matmul_hopper.fits(weight.shape[0], configs["resident"])
-        and matmul_hopper.copyable(dx.view(-1, dx.shape[-1]), weight)
+        and matmul_hopper.copyable(dx.view(-1, dx.shape[-1]), weight, z.view(-1, weight.shape[1]))
         and length % 128 == 0  # rows of s without padding, and no tile in two rows of the batch
         and head_dim == 64
         and configs["resident"]["BLOCK_N"] == 64 * heads // v.shape[2]

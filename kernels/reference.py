@@ -16,7 +16,7 @@ from torch import Tensor
 
 # F.rms_norm's default for half types is float32's epsilon; written out so that no version of torch can change it.
 RMS_EPS = torch.finfo(torch.float32).eps
-NORM_FLOOR = 1e-12  # of XSA's |v|: F.normalize's clamp
+NORM_FLOOR = 1e-12  # of XSA's |v|: F.normalize's default, written out like it
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -160,7 +160,7 @@ def exclusive(
     v: Tensor,  # (B, T, G, D)
 ) -> Tensor:  # (B, T, H, D)
     """Exclusive self-attention (arXiv 2603.09078): y without its component along the same token's value."""
-    u = F.normalize(v, dim=-1).unsqueeze(3)
+    u = F.normalize(v, dim=-1, eps=NORM_FLOOR).unsqueeze(3)
     heads = y.unflatten(2, (v.size(2), -1))
     return (heads - (heads * u).sum(-1, keepdim=True) * u).flatten(2, 3)
 

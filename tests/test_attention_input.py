@@ -6,7 +6,7 @@ import torch
 
 from gpt.config import BOS
 from gpt.model import GPT
-from kernels import attention, reference, select
+from kernels import attention, matmul, reference, select
 from kernels.attention_input import attention_input, attention_layer
 from tests.kernel_tools import error, gpu, graphed, interpreted
 from tests.test_attention import sums_of
@@ -240,6 +240,14 @@ class TestGPU:
         case = make(*shape, torch.bfloat16, "cuda", True, 16)
         ours, exact = pair(kind, *shape[:2], "cuda", deterministic)
         self.compare(run(ours, case), run(exact, case), run(exact, case, torch.float64), torch.bfloat16)
+
+    @pytest.mark.parametrize("length", [200, 256])
+    def test_xsa_is_in_the_epilogue_where_it_fits(self, length, monkeypatch):
+        calls, inside = [], matmul.exclusive_backward
+        monkeypatch.setattr(matmul, "exclusive_backward", lambda *given: calls.append(given) or inside(*given))
+        case = make(2, length, 8, 4, 64, torch.bfloat16, "cuda", False, 16)
+        run(pair("layer", 2, length, "cuda")[0], case, layers=1)
+        assert len(calls) == (length == 256 and torch.cuda.get_device_capability() == (9, 0))
 
     def compare(self, ours, eager, truth, dtype):
         for i, (a, b, c) in enumerate(zip(ours, eager, truth, strict=True)):
