@@ -4,9 +4,10 @@
 
 int6_linear at 1 to 64 rows and at a whole batch, on the four shapes of the banks, values first; a case without a shape
 is one product of each. Weights are not in cache: calls go round copies of the matrix that exceed the L2 cache several
-times, in a CUDA graph each, which take turns; launches of ours overlap as they do in a model (`triton-apart` forbids
-it). Before that several streams have run something (see `crowd`). Peers: `cublas`, F.linear on the dequantised bf16
-matrix; `torchao` and `gemlite`, int8 weights, where they are installed. Milliseconds are medians of replays over calls.
+times, in a CUDA graph each, which take turns; launches of ours overlap (`triton-apart` forbids it, as eager ops
+between them do). Before that several streams have run something (see `crowd`). Peers: `cublas`, F.linear on the
+dequantised bf16 matrix; `torchao` and `gemlite`, int8 weights, where they are installed. Milliseconds are medians of
+replays over calls.
 
 sample: a token of batch 1 from the model of preset one-gpu, 14 layers, random weights, the draw included: `triton` as
 quantize.py sample, packed and in a CUDA graph; `dense` the same graph on bf16 weights and eager ops; `eager` without a
