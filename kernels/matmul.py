@@ -298,6 +298,7 @@ def exclusive_fits(
     return (
         "resident" in configs
         and matmul_hopper.fits(weight.shape[0], configs["resident"])
+        and z.is_contiguous()
         and matmul_hopper.copyable(dx.view(-1, dx.shape[-1]), weight, z.view(-1, weight.shape[1]))
         and length % 128 == 0  # rows of s without padding, and no tile in two rows of the batch
         and head_dim == 64

@@ -261,21 +261,17 @@ TYPES |= dict.fromkeys(("document_starts", "document_ends", "counter"), "*i32")
 TYPES |= {"T_PAD": "i32:16"} | dict.fromkeys(("heads", "kv_heads", "chunk", "tiles"), "i32")
 
 
-WITHOUT_PRODUCTS = "document_ends", "prepare"
-
-
 def build_portable(name, dim, documents, gpu_name, capability):
-    config = dict(configs(gpu_name)["attention"][str(dim)].get(name, {}))
+    config = dict(configs(gpu_name)["attention"][str(dim)][name])
     config.pop("chunk", None)
     kernel = {
-        "document_ends": module.attention_document_ends_kernel,
         "forward": module.attention_fwd_kernel,
         "prepare": module.attention_bwd_prepare_kernel,
         "grad_kv": module.attention_bwd_dkdv_kernel,
         "grad_q": module.attention_bwd_dq_kernel,
     }[name]
-    constants = {"GROUP": 2, "D": dim, "DOCUMENTS": documents, "CHUNK": 1024, "BLOCK_T": 64}
-    if not documents and name != "document_ends":
+    constants = {"GROUP": 2, "D": dim, "DOCUMENTS": documents, "BLOCK_T": 64}
+    if not documents:
         constants |= {"document_starts": None, "document_ends": None}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     return compile_for(capability, kernel, TYPES, constants, config)
@@ -284,24 +280,32 @@ def build_portable(name, dim, documents, gpu_name, capability):
 @compiled
 @pytest.mark.parametrize(("dim", "documents"), [(32, True), (64, False), (64, True), (128, True)])
 @pytest.mark.parametrize(
-    ("name", "limit"),
-    [("forward", 0), ("document_ends", 0), ("prepare", 0), ("grad_kv", {64: 640, 128: 704}), ("grad_q", 0)],
+    ("name", "limit"), [("forward", 0), ("prepare", 0), ("grad_kv", {64: 640, 128: 704}), ("grad_q", 0)]
 )
 def test_portable_kernels_compile(name, limit, dim, documents):
     built = build_portable(name, dim, documents, "h100", 90)
     assert built.registers <= 255
     assert built.stack <= (limit.get(dim, 0) if isinstance(limit, dict) else limit)
     assert built.shared <= (110 if dim < 128 else 227) * 1024
-    assert ("HGMMA" in built.sass) == (name not in WITHOUT_PRODUCTS and dim >= 64)  # smaller tiles cannot be wgmma's
+    assert ("HGMMA" in built.sass) == (name != "prepare" and dim >= 64)  # others' tiles are too small for wgmma
 
 
 @compiled
-@pytest.mark.parametrize("name", ["forward", "document_ends", "prepare", "grad_kv", "grad_q"])
+@pytest.mark.parametrize("name", ["forward", "prepare", "grad_kv", "grad_q"])
 def test_portable_kernels_compile_for_older_gpus(name):
     built = build_portable(name, 64, True, "generic", 80)
     assert built.stack <= 704
     assert built.shared <= 99 * 1024  # of an RTX 4090
-    assert ("HMMA" in built.sass) == (name not in WITHOUT_PRODUCTS)
+    assert ("HMMA" in built.sass) == (name != "prepare")
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+def test_document_ends_compile(capability):
+    constants = {"BLOCK_T": 64, "CHUNK": 1024}
+    built = compile_for(capability, module.attention_document_ends_kernel, TYPES, constants, {})
+    assert built.stack == 0
+    assert built.registers <= 64
 
 
 @compiled
