@@ -306,6 +306,9 @@ def write_submission(arguments: Namespace, ranks: Ranks) -> None:
 def check_submission(arguments: Namespace, ranks: Ranks) -> int:
     from gpt.review import review
 
+    if not arguments.folder.is_dir():
+        what = "is a file" if arguments.folder.exists() else "does not exist"
+        raise ConfigError(f"check {arguments.folder}: {what}, wanted a submission's folder")
     found = review(arguments.folder)
     print(found.table())
     return int(found.failed)

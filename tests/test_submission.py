@@ -147,7 +147,9 @@ def test_its_own_check_finds_nothing(handed_in: Path, tmp_path: Path, capsys: py
     bare = tmp_path / "bare"
     shutil.copytree(handed_in, bare, ignore=shutil.ignore_patterns("*.pga"))
     assert quantize.main(["check", str(bare)]) == 0
-    assert quantize.main(["check", str(tmp_path / "none")]) == 2
+    for path, message in ((tmp_path / "none", "does not exist"), (handed_in / "README.md", "is a file")):
+        assert quantize.main(["check", str(path)]) == 2
+        assert f"check {path}: {message}, wanted a submission's folder" in capsys.readouterr().err
 
 
 def edited(name: str, old: str, new: str, count: int = 1) -> Callable[[Path], None]:
