@@ -8,6 +8,8 @@ VENV   ?= .venv
 PRESET ?= sample
 ARGS   ?=
 BIN    := $(VENV)/bin
+# Two processes, as two cores or a small GPU have room for; one thread of torch in each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: train test lint clean
 
@@ -15,8 +17,8 @@ train: $(VENV)/ready
 	$(BIN)/python train.py --preset $(PRESET) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_adapters.py tests/test_attention.py tests/test_attention_input.py \
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_adapters.py tests/test_attention.py tests/test_attention_input.py \
 		tests/test_cached_attention.py tests/test_cross_entropy.py tests/test_gptq_kernel.py tests/test_int6.py \
 		tests/test_launch.py tests/test_mlp.py tests/test_newton_schulz.py tests/test_optimizer.py tests/test_residual.py
 
