@@ -64,7 +64,7 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(config.num_skips, dim))
         self.attn_scale = nn.Parameter(torch.ones(layers, dim))
         self.mlp_scale = nn.Parameter(torch.ones(layers, dim))
-        # Not repeat: of a meta tensor it imports sympy, 0.7 s at the start of every program.
+        # Not repeat: of a meta tensor, as where an artifact is read, it takes 0.7 s to import sympy.
         self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].expand(layers, 2, dim).contiguous())
         self.q_gain = nn.Parameter(torch.full((layers, config.num_heads), config.qk_gain_init))
         self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}

@@ -190,10 +190,10 @@ def test_packed_is_the_data() -> None:
         times = [1e3 * each for (case, name), each in ms.items() if name == impl and case.startswith(chosen)]
         return f"{min(times):.1f} to {max(times):.1f}"
 
-    def ratios(*some: int, impl: str = "triton") -> str:
+    def ratios(*some: int, impl: str = "triton", digits: int = 1) -> str:
         cases = [case for case, name in ms if name == "cublas" and case.startswith(tuple(f"m{rows}-" for rows in some))]
         found = [ms[case, "cublas"] / ms[case, impl] for case in cases]
-        return f"{min(found):.1f} to {max(found):.1f}"
+        return f"{min(found):.{digits}f} to {max(found):.{digits}f}"
 
     few = 1, 4, 16
     assert f"of 1 to 16 rows takes {span('triton', *few)} us, of 64 rows {span('triton', 64)}, where" in text
@@ -203,10 +203,7 @@ def test_packed_is_the_data() -> None:
     assert (
         f"ours take {span('triton-apart', *few, 64)}, and bf16's {apart} times as long, {apart64} at 64 rows." in text
     )
-    whole = [
-        ms[case, "cublas"] / ms[case, "triton"] for case, name in ms if case.startswith("m98304") and name == "triton"
-    ]
-    assert f"a whole batch has {min(whole):.2f} to {max(whole):.2f} of bf16's speed" in text
+    assert f"a whole batch has {ratios(98304, digits=2)} of bf16's speed" in text
     for (case, name), each in ms.items():  # wanted: 1.5, and 0.9 of a whole batch
         least = 0.9 if case.startswith("m98304") else 1.5
         assert name != "triton" or least * each < ms[case, "cublas"]
